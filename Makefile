@@ -20,8 +20,8 @@ examples: .venv-examples/stamp
 
 # One worker more than there are processors, since many tests wait for a socket now and then. A worker takes neighbours and
 # gives what is left to whoever has nothing more, so that few kernels are compiled twice. Server processes start faster
-# where Python may keep its bytecode. Of tests with many cases of one kind every fourth case is run, and all of them in CI or
-# with `SAMPLE=`. `make test ARGUMENTS='-m "not slow"'` leaves out what takes seconds.
+# where Python may keep its bytecode. Long tests are left out, and of many cases of one kind every fourth is run: CI has all
+# of them, and `make test SAMPLE=` too. `make test ARGUMENTS='-m "not slow"'` leaves out what takes seconds.
 WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
 SAMPLE ?= $(if $(CI),,--sample)
 test: .venv/stamp-dev
@@ -51,13 +51,16 @@ crash-test: .venv/stamp-dev
 HISTORIES = $(if $(filter command line environment,$(origin SEEDS)),$(SEEDS),1000)
 simulate: .venv/stamp-dev
 	$(BIN)/python -m tests.simulation.main --seeds $(HISTORIES)
-	$(BIN)/python -m tests.simulation.main --pairs --seeds $(HISTORIES)
+	$(BIN)/python -m tests.simulation.main --histories pairs --seeds $(HISTORIES)
+	$(BIN)/python -m tests.simulation.main --histories moves --seeds $(HISTORIES)
 
 # Hostile requests of strangers and of another tenant, so many for each way of keeping state, beside a session that trains.
-# The tests have some hundreds of them.
+# The tests have some hundreds of them. Each hostile datagram ends a packet lane, and an attach makes the next one.
 REQUESTS ?= 1000000
+DATAGRAMS ?= 100000
 attack-test: .venv/stamp-dev
 	env STEPWIRE_ATTACK_REQUESTS=$(REQUESTS) $(BIN)/python -m pytest -q tests/attack tests/server/rpc/test_call_floods.py
+	env STEPWIRE_HOSTILE_PACKETS=$(DATAGRAMS) $(BIN)/python -m pytest -q -n 2 -k hostile tests/server/sharing
 
 # An interrupt at every point of the thread that steps, and at every line of the thread that steps for it; the tests have a
 # few of them.
@@ -100,7 +103,7 @@ bench-durability: .venv/stamp-dev
 
 # Sections of services, into the pages: small steps on one host, rows, metrics, many sessions and clients, floods, TLS.
 bench-services: .venv/stamp-dev
-	$(BIN)/python benchmarks/main.py --only lane rows metrics fairness floods many security \
+	$(BIN)/python benchmarks/main.py --only lane rows metrics fairness floods many security shards standby moves \
 	    --json benchmarks/results/services-2-core.json $(ARGUMENTS)
 	$(BIN)/python benchmarks/page.py
 

@@ -7,10 +7,13 @@ pauses between its calls too. A pause is not part of the time.
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 
@@ -41,6 +44,11 @@ _STEPS = (
     Variant("shm in place", "shm", in_place=True),
 )
 _COMPILED = (Variant("compiled", "packets"), Variant("compiled in place", "packets", in_place=True))
+_SPINNING = Variant("spinning in place", "packets", in_place=True)
+"""On a compiled lane, both of whose ends wait awake for a moment."""
+
+_MOMENT = {"STEPWIRE_LANE_SPIN_MICROSECONDS": "50"}
+_NOTHING: Mapping[str, str] = MappingProxyType({})
 _LOOP_STEPS = AFTER_STEPS + 16
 """More steps than a session makes before a loop is compiled for it, or looked for again."""
 _FLOORS = (_DOORBELL, _ECHO, _FUSED)
@@ -59,12 +67,14 @@ class Targets(NamedTuple):
     Attributes:
         plain: the target of a server without compiled lanes.
         compiled: the target of one with compiled lanes.
+        spinning: the target of one whose loops wait awake for a moment.
         echo: the target of raw gRPC streams.
         doorbell: the path of the doorbell.
     """
 
     plain: str
     compiled: str
+    spinning: str
     echo: str
     doorbell: str
 
@@ -121,14 +131,26 @@ def _contenders(targets: Targets, compiling_seconds: float) -> list[Contender]:
     fused = next(each for each in local_torch.contenders() if each.name == _FUSED)
     steps = [variants.contender(variant, [targets.plain]) for variant in _STEPS]
     compiled = [_compiled(variant, targets.compiled, compiling_seconds) for variant in _COMPILED]
+    compiled.append(_compiled(_SPINNING, targets.spinning, compiling_seconds, _MOMENT))
     return [Contender(_DOORBELL, ring), Contender(_ECHO, echoed), fused, *steps, *compiled]
 
 
-def _compiled(variant: Variant, target: str, compiling_seconds: float) -> Contender:
-    """Return the steps of a variant on a compiled lane, whose loop is there before the first of them."""
+def _compiled(
+    variant: Variant, target: str, compiling_seconds: float, environment: Mapping[str, str] = _NOTHING
+) -> Contender:
+    """Return the steps of a variant on a compiled lane, whose loop is there before the first of them.
+
+    Args:
+        variant: the variant.
+        target: of the server.
+        compiling_seconds: the longest time that a loop is compiled in.
+        environment: the variables with which the client opens its lane.
+    """
 
     def prepare(stack: contextlib.ExitStack, size: int) -> Action:
-        step = variants.contender(variant, [target]).prepare(stack, size)
+        with mock.patch.dict(os.environ, environment):
+            step = variants.contender(variant, [target]).prepare(stack, size)
+            step()
         for pause_seconds in (compiling_seconds, 0.0):
             for _ in range(_LOOP_STEPS):
                 step()
@@ -174,7 +196,7 @@ def _figures(times: dict[str, list[list[float]]], place: str) -> dict[str, float
         calls = np.concatenate(rounds) * 1e6
         figures[f"{name} {place} p50 us"] = float(np.percentile(calls, 50))
         figures[f"{name} {place} p99 us"] = float(np.percentile(calls, 99))
-    for variant in (*_STEPS, *_COMPILED):
+    for variant in (*_STEPS, *_COMPILED, _SPINNING):
         for floor in (floor for floor in _FLOORS if floor in medians):
             pairs = zip(medians[variant.name], medians[floor], strict=True)
             figures[f"{variant.name} {place} to {floor}"] = statistics.median(one / other for one, other in pairs)

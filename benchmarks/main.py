@@ -27,9 +27,11 @@ import footprint
 import kernels
 import lane
 import lane_many
+import lane_python
 import many
 import messages
 import metrics
+import moves
 import occupancy
 import own_arrays
 import report
@@ -79,6 +81,7 @@ GOALS = (
     Goal("lane", lane.COMPILED_TORCH_GOAL, 1.3),
     Goal("lane many", lane_many.COMPILED_TO_TCP, 20.0, at_least=True),
     Goal("lane many", lane_many.COMPILED_JAIN, 0.95, at_least=True),
+    Goal("lane python", lane_python.DICT_GOAL, 15.0),
     Goal(_LARGE_STEPS, "tcp to its parts", 1.05),
     Goal(_LARGE_STEPS, "tcp overlap to its parts", 1.05),
     Goal(_LARGE_STEPS, "bfloat16 to tcp", 0.55),
@@ -190,10 +193,13 @@ class Run:
         self._section("fairness", lambda: fairness.fairness(fairness.Scale.quick() if quick else fairness.Scale()))
         self._section("floods", lambda: floods.floods(floods.Scale.quick() if quick else floods.Scale()))
         self._section("lane many", lambda: lane_many.lane_many((lane_many.Scale.quick if quick else lane_many.Scale)()))
+        turns = {"rounds": 3, "batch": 20} if quick else {"rounds": 50, "batch": 200}
+        self._section("lane python", lambda: lane_python.lane_python(**turns))
         self._section("many", lambda: many.many(many.Scale.quick() if quick else many.Scale()))
         protected = (2, 3) if quick else (30, 20)
         self._section("security", lambda: security.security(rounds=protected[0], batch=protected[1]))
         self._section("shards", lambda: shards.shards(shards.Scale.quick() if quick else shards.Scale()))
+        self._section("moves", lambda: moves.moves(moves.Scale.quick() if quick else moves.Scale()))
         self._section("standby", lambda: standby.standby(standby.Scale.quick() if quick else standby.Scale()))
         link = (100_000, 2) if quick else (_LARGE, 7)
         self._section("shaped link", lambda: shaped_link(size=link[0], rounds=link[1]))
@@ -226,8 +232,9 @@ class Run:
             doorbell_process() as doorbell,
             server_process("--device", "cpu", "--no-compiled-lanes") as plain,
             server_process("--device", "cpu") as compiled,
+            server_process("--device", "cpu", "--lane-spin-microseconds", "50") as spinning,
         ):
-            targets = lane.Targets(plain.target, compiled.target, echo.tcp, doorbell)
+            targets = lane.Targets(plain.target, compiled.target, spinning.target, echo.tcp, doorbell)
             self._section("lane", lambda: lane.lane(targets, scale))
 
     def _torch(self) -> None:

@@ -1,33 +1,45 @@
-"""Steps by rows of a table: beside the dense step of a tensor as large, torch's local SparseAdam, and the parts."""
+"""Steps by rows of a table: beside the dense step of a tensor as large, torch's local SparseAdam, and the parts.
+
+Rounds of two workers, and tables over two servers, stand beside the step of one client on one server.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import os
+import pathlib
 import statistics
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final
 
 import numpy as np
 
 import occupancy
+import row_child
 import stepwire
+from child import Child, child, python
 from contest import Absent, needed, timed
 from echo import EchoStream, EchoTargets, bulk_messages
 from stepwire import Rows
 from stepwire.wire.dtypes import FLOAT32
 from stepwire_server.engines.cpu.engine import CpuEngine
 from stepwire_server.engines.protocol import PARAM, RowPass, Table
-from stepwire_server.processes.spawn import ServerProcess
+from stepwire_server.processes.spawn import ServerProcess, server_process
 from stepwire_server.rules import ADAM_SPARSE, Precision, Recipe
 from stepwire_server.steps.summed_rows import summed_rows
 
-__all__ = ["BESIDE", "DENSE_TO_ROWS", "TO_PARTS", "TO_TORCH", "row_steps"]
+__all__ = ["BESIDE", "DENSE_TO_ROWS", "ROUND_TO_STEPS", "TO_PARTS", "TO_TORCH", "row_steps"]
 
 DENSE_TO_ROWS: Final = "dense step to step of rows"
 BESIDE: Final = "bytes beside the table a row"
 TO_PARTS: Final = "step of rows to its parts"
+ROUND_TO_STEPS: Final = "round of 2 workers to 2 steps of rows"
 TO_TORCH: Final = "step of rows to local SparseAdam"
+
+_WORKERS: Final = 2
+_REPEATS: Final = 128
+"""The repetitions of one row for each row of a step, where one row comes very often."""
 
 Action = Any
 
@@ -69,6 +81,9 @@ def row_steps(
             "dense step": _dense(stack, client, rows * width),
             "step of row_wise": _row_wise(stack, client, rows, gradient),
             "step by ids": _by_ids(stack, client, gradient),
+            "sum of one row that came very often": _often(came),
+            **_rounds(stack, server.target, rows, gradient),
+            **_sharded(stack, server.target, rows, gradient),
         }
         with contextlib.suppress(Absent):
             actions["local SparseAdam"] = _torch(rows, width, gradient)
@@ -87,6 +102,7 @@ def _figures(times: dict[str, list[float]]) -> dict[str, Any]:
     figures: dict[str, Any] = {f"{name} ms": statistics.median(found) * 1e3 for name, found in times.items()}
     figures[DENSE_TO_ROWS] = _ratio(times["dense step"], times["step"])
     figures[TO_PARTS] = _ratio(times["step"], parts)
+    figures[ROUND_TO_STEPS] = _ratio(times["round of 2 workers"], [2.0 * each for each in times["step"]])
     if "local SparseAdam" in times:
         figures[TO_TORCH] = _ratio(times["step"], times["local SparseAdam"])
     return figures
@@ -137,6 +153,41 @@ def _by_ids(stack: contextlib.ExitStack, client: stepwire.Client, gradient: Rows
     session = stack.enter_context(client.create_session({"table": stepwire.Table((2 * came, width), hashed=True)}))
     named = Rows(ids, gradient.values)
     return lambda: session.step({"table": named})
+
+
+def _often(came: int) -> Action:
+    """Return the exact sum of one element of a row that came very often, with numbers of very different sizes."""
+    values = np.tile(np.array([1e8, 1.0, -1e8, 1.0], np.float32), _REPEATS * came // 4)[:, np.newaxis]
+    return functools.partial(summed_rows, np.zeros(len(values), np.int64), values)
+
+
+def _rounds(stack: contextlib.ExitStack, target: str, rows: int, gradient: Rows) -> dict[str, Action]:
+    """Return rounds of processes with as many rows each, by indices and by ids."""
+    threads = stack.enter_context(ThreadPoolExecutor(_WORKERS))
+    came, width = np.asarray(gradient.values).shape
+
+    def round_of(kind: str) -> Action:
+        script = pathlib.Path(__file__).with_name("row_child.py")
+        sizes = (kind, rows, width, came)
+        group = [stack.enter_context(child(python(script, *sizes, rank, _WORKERS, target))) for rank in range(_WORKERS)]
+        list(threads.map(Child.read, group))
+        return lambda: list(threads.map(lambda each: each.ask("1"), group))
+
+    return {"round of 2 workers": round_of("rows"), "round of 2 workers by ids": round_of("ids")}
+
+
+def _sharded(stack: contextlib.ExitStack, target: str, rows: int, gradient: Rows) -> dict[str, Action]:
+    """Return steps over this server and another one, by indices and by ids."""
+    another = stack.enter_context(server_process("--device", "cpu"))
+    client = stack.enter_context(stepwire.connect([target, another.target], transport="tcp"))
+    came, width = np.asarray(gradient.values).shape
+
+    def step_of(kind: str, count: int) -> Action:
+        session = stack.enter_context(client.create_session({"table": row_child.table_of(kind, count, width)}))
+        named = Rows(row_child.named_rows(kind, rows, came, 0), gradient.values)
+        return lambda: session.step({"table": named})
+
+    return {"step over 2 servers": step_of("rows", rows), "step by ids over 2 servers": step_of("ids", 4 * came)}
 
 
 def _torch(rows: int, width: int, gradient: Rows) -> Action:

@@ -32,18 +32,28 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option of `make test`."""
-    parser.addoption("--sample", action="store_true", help="run every fourth case of the tests that are marked `many`")
+    parser.addoption(
+        "--sample", action="store_true", help="leave out what is `long`, and three cases of four of what is `many`"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Have fewer examples where a sample is asked for."""
+    if config.getoption("sample"):
+        hypothesis.settings.register_profile("sample", hypothesis.settings.get_profile("stepwire"), max_examples=30)
+        hypothesis.settings.load_profile("sample")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out three cases of four where a sample is asked for; the first of each test stays."""
+    """Leave out what is long, and three cases of four, where a sample is asked for; the first of each test stays."""
     if not config.getoption("sample"):
         return
     cases = defaultdict[tuple[str, str], list[pytest.Item]](list)
     for item in items:
         if item.get_closest_marker("many") is not None:
             cases[str(item.path), getattr(item, "originalname", item.name)].append(item)
-    left_out = {item for each in cases.values() if len(each) > 2 for index, item in enumerate(each) if index % 4}
+    left_out = {item for item in items if item.get_closest_marker("long") is not None}
+    left_out |= {item for each in cases.values() if len(each) > 2 for index, item in enumerate(each) if index % 4}
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=list(left_out))
 

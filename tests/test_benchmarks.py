@@ -39,10 +39,12 @@ NAMES = (
     "lane",
     "lane_child",
     "lane_many",
+    "lane_python",
     "local_torch",
     "machine",
     "main",
     "many",
+    "moves",
     "occupancy",
     "page",
     "peers",
@@ -214,6 +216,7 @@ def test_every_goal_of_a_server_among_strangers_is_measured(bench) -> None:
     sections = {
         "floods": bench.floods.floods(bench.floods.Scale(seconds=0.1, kinds=("silent_call",))),
         "many": bench.many.many(bench.many.Scale.quick()),
+        "lane python": bench.lane_python.lane_python(rounds=2, batch=5),
         "security": bench.security.security(rounds=1, batch=2),
     }
     assert bench.report.failures(sections) == []
@@ -221,6 +224,17 @@ def test_every_goal_of_a_server_among_strangers_is_measured(bench) -> None:
         assert goal.section not in sections or goal.figure in sections[goal.section], goal
     assert (sections["many"]["clients"], sections["many"]["errors"]) == (20, 0)
     assert {"4 KiB mTLS to plaintext", "1 MiB mTLS to plaintext"} <= sections["security"].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("CI" not in os.environ, reason="it starts several servers; CI runs it")
+def test_a_move_is_measured_beside_a_copy_of_the_state(bench) -> None:
+    figures = bench.moves.moves(bench.moves.Scale(20_000, 2))
+    assert figures["slowest step of a move ms"] > figures["ordinary step ms"] > 0.0
+    copy_and_step = figures["copy of the state ms"] + figures["ordinary step ms"]
+    assert figures["slowest step of a move to a copy and a step"] == pytest.approx(
+        figures["slowest step of a move ms"] / copy_and_step
+    )
 
 
 @pytest.mark.slow
@@ -258,10 +272,13 @@ def test_every_ratio_is_of_contenders_that_take_part(bench) -> None:
 
 
 def test_the_overhead_of_shards_is_fitted_and_predicted(bench) -> None:
+    assert bench.shards.fitted({1: 1.0, 2: 2.0, 4: 4.0, 8: 9.0}) == (0.0, pytest.approx(93 / 85))
     trip, each = bench.shards.fitted({1: 3.5, 2: 4.0, 4: 5.0, 8: 7.0})
     assert (trip, each) == pytest.approx((3.0, 0.5))
     # 1e9 float32 up and down over 1.25e9 B/s are 6.4 s; 64 shards of 1 ms and a trip of 16 ms are 80 ms.
     assert bench.shards.overhead_of(0.016, 0.001) == pytest.approx(0.0125)
+    modelled = bench.shards.model_of(2.0, 0.1, 0.01)
+    assert [modelled(count) for count in (1, 8)] == pytest.approx([2.0, 2.07])
 
 
 def test_sections_are_named_by_their_size(bench) -> None:
@@ -535,7 +552,11 @@ def test_small_steps_are_compared_with_each_floor_round_by_round(bench) -> None:
     scale = lane.Scale(rounds=3, batch=4)
     calls = {
         name: [0.0]
-        for name in ("doorbell", "gRPC echo", *(variant.name for variant in (*lane._STEPS, *lane._COMPILED)))
+        for name in (
+            "doorbell",
+            "gRPC echo",
+            *(variant.name for variant in (*lane._STEPS, *lane._COMPILED, lane._SPINNING)),
+        )
     }
     ready = {name: (lambda count=count: count.__setitem__(0, count[0] + 1)) for name, count in calls.items()}
     assert {len(batch) for rounds in lane._times(ready, 0.0, scale).values() for batch in rounds} == {4}

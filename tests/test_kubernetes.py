@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import pathlib
 import re
 import shutil
 import subprocess
@@ -14,6 +13,8 @@ from typer.main import get_command
 
 from stepwire_server.cli.main import app
 from stepwire_server.config import load_config
+from stepwire_server.processes.announcement import check_announced
+from stepwire_server.processes.standby_settings import check_replication
 from tests.guards.source import ROOT
 
 yaml = pytest.importorskip("yaml")
@@ -31,8 +32,9 @@ def load(name: str) -> Any:
 def base() -> dict[str, Any]:
     """Return the resources of the base by their kinds."""
     names = load("base/kustomization.yaml")["resources"]
-    assert {*names} == {path.name for path in (FOLDER / "base").iterdir()} - {"kustomization.yaml"}
-    found = [load(f"base/{name}") for name in names]
+    assert {*names} == {path.name for path in (FOLDER / "base").iterdir()} - {"kustomization.yaml"} | {"../server"}
+    (servers,) = load("server/kustomization.yaml")["resources"]
+    found = [load(f"server/{servers}"), *(load(f"base/{name}") for name in names if name != "../server")]
     return {each["kind"]: each for each in found}
 
 
@@ -45,13 +47,26 @@ def container() -> Any:
     return only
 
 
+POD = {"metadata.name": "stepwire-0", "metadata.labels['apps.kubernetes.io/pod-index']": "0"}
+
+
 def variables(*containers: Any) -> dict[str, str]:
-    return {each["name"]: each["value"] for one in containers for each in one["env"]}
+    """Return the variables of the first pod, those of later containers in the place of earlier ones."""
+    given: dict[str, str] = {}
+    for each in (each for one in containers for each in one["env"]):
+        if each.get("$patch") == "delete":
+            del given[each["name"]]
+            continue
+        value = each.get("value")
+        if value is None:
+            value = POD[each["valueFrom"]["fieldRef"]["fieldPath"]]
+        given[each["name"]] = re.sub(r"\$\((\w+)\)", lambda found: given[found[1]], value)
+    return {name: value for name, value in given.items() if name.startswith("STEPWIRE_")}
 
 
-def added(overlay: str) -> Any:
+def added(overlay: str, file: str = "statefulset.yaml") -> Any:
     """Return the container as an overlay changes it."""
-    (only,) = load(f"{overlay}/statefulset.yaml")["spec"]["template"]["spec"]["containers"]
+    (only,) = load(f"{overlay}/{file}")["spec"]["template"]["spec"]["containers"]
     assert only["name"] == container()["name"]
     return only
 
@@ -64,7 +79,8 @@ def of_image(pattern: str) -> str:
 
 def test_settings_and_commands_are_those_of_the_server() -> None:
     config = load_config({}, environment=variables(container()))
-    assert (config.insecure, config.drain_seconds) == (True, 30.0)
+    assert (config.insecure, config.drain_seconds, config.shard) == (True, 30.0, "stepwire-0")
+    check_announced(config)
     assert config.data_dir.startswith(of_image(r"VOLUME (\S+)") + "/")
     assert load_config({}, environment=variables(container(), added("gpu"))).device == "cuda"
     watched = load_config({}, environment=variables(container(), added("monitoring")))
@@ -89,11 +105,42 @@ def test_ports_probes_paths_and_users_are_those_of_the_image() -> None:
     (mounted,) = container()["volumeMounts"]
     (claim,) = base()["StatefulSet"]["spec"]["volumeClaimTemplates"]
     assert (mounted["name"], mounted["mountPath"]) == (claim["metadata"]["name"], of_image(r"VOLUME (\S+)"))
-    tags = [load(f"{each}/kustomization.yaml")["images"][0]["newTag"] for each in ("base", "gpu")]
+    tags = [load(f"{each}/kustomization.yaml")["images"][0]["newTag"] for each in ("server", "gpu")]
     assert all(f"FROM runtime AS {tag}" in DOCKERFILE for tag in tags)
     (metrics,) = added("monitoring")["ports"]
     assert variables(added("monitoring"))["STEPWIRE_METRICS"].endswith(f":{metrics['containerPort']}")
     assert load("monitoring/servicemonitor.yaml")["spec"]["endpoints"][0]["port"] == metrics["name"]
+
+
+def test_the_two_servers_of_a_shard_have_its_name_and_no_disk_and_find_one_another() -> None:
+    pair = added("standby", "pair.yaml")
+    config = load_config({}, environment=variables(container(), pair))
+    assert (config.shard, config.data_dir, config.standby, config.standby_of) == (
+        "shard-0",
+        "",
+        "required",
+        "directory",
+    )
+    check_replication(config)
+    check_announced(config)
+    service, port = base()["Service"]["metadata"]["name"], base()["Service"]["spec"]["ports"][0]["port"]
+    assert config.advertise == f"stepwire-0.{service}:{port}"
+    (mounted,) = pair["volumeMounts"]
+    (before,) = container()["volumeMounts"]
+    assert mounted["mountPath"] == before["mountPath"], "it is there in the place of the disk"
+    assert config.directory.startswith(mounted["mountPath"] + "/")
+    spec = load("standby/pair.yaml")["spec"]
+    (volume,) = spec["template"]["spec"]["volumes"]
+    claim = load("standby/directory.yaml")
+    assert (volume["name"], volume["persistentVolumeClaim"]["claimName"]) == (
+        mounted["name"],
+        claim["metadata"]["name"],
+    )
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"] and spec["volumeClaimTemplates"] is None
+    ingress, egress = (each["value"] for each in load("standby/network.yaml"))
+    labels = pod()["metadata"]["labels"]
+    assert ingress["from"] == egress["to"] == [{"podSelector": {"matchLabels": labels}}]
+    assert (ingress["ports"][0]["port"], egress["ports"][0]["port"]) == (container()["ports"][0]["name"], port)
 
 
 def test_selectors_find_the_pods_and_a_drain_has_its_time() -> None:
@@ -121,15 +168,33 @@ def test_a_pod_has_no_rights_and_no_variables_of_services() -> None:
     }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("overlay", ["base", "gpu"])
-def test_every_version_of_kubernetes_accepts_the_files(tmp_path: pathlib.Path, overlay: str) -> None:
-    validate = pytest.importorskip("kubernetes_validate")
+def built(overlay: str) -> list[Any]:
+    """Return the resources of an overlay."""
     if (kubectl := shutil.which("kubectl")) is None:
         pytest.skip("kubectl, which puts the files together, is not installed")
-    built = subprocess.run([kubectl, "kustomize", str(FOLDER / overlay)], capture_output=True, check=True, text=True)
-    resources = list(yaml.safe_load_all(built.stdout))
-    assert len(resources) == 4
+    done = subprocess.run([kubectl, "kustomize", str(FOLDER / overlay)], capture_output=True, check=True, text=True)
+    return list(yaml.safe_load_all(done.stdout))
+
+
+@pytest.mark.slow
+def test_the_pods_of_a_pair_differ_in_their_names_and_one_label_alone() -> None:
+    first, second = (each for each in built("standby") if each["kind"] == "StatefulSet")
+    assert (first["metadata"]["name"], second["metadata"]["name"]) == ("stepwire", "stepwire-standby")
+    for each, side in ((first, "first"), (second, "second")):
+        labels = pod()["metadata"]["labels"] | {"stepwire-server": side}
+        assert each["spec"]["selector"]["matchLabels"] == each["spec"]["template"]["metadata"].pop("labels") == labels
+    assert first["spec"]["template"] == second["spec"]["template"]
+    (only,) = first["spec"]["template"]["spec"]["containers"]
+    assert variables(only) == variables(container(), added("standby", "pair.yaml"))
+    assert "volumeClaimTemplates" not in first["spec"] and first["spec"]["serviceName"] == "stepwire"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("overlay", "count"), [("base", 4), ("gpu", 4), ("standby", 6)])
+def test_every_version_of_kubernetes_accepts_the_files(overlay: str, count: int) -> None:
+    validate = pytest.importorskip("kubernetes_validate")
+    resources = built(overlay)
+    assert len(resources) == count
     for version in VERSIONS:
         for resource in resources:
             validate.validate(resource, version, strict=True)

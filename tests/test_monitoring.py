@@ -17,6 +17,7 @@ COMPOSE = (ROOT / "docker" / "compose.monitoring.yaml").read_text()
 DASHBOARD = json.loads((FOLDER / "grafana" / "dashboards" / "stepwire.json").read_text())
 TABLE = ROOT / "docs" / "monitoring.md"
 ALERTS = {"ServerDown", "MemoryNearBudget", "DurableLag", "Refusals", "NonFiniteGradients", "SessionDamaged"}
+ALERTS |= {"StandbyMissing", "StandbyLag", "StandbyDiverged", "Promoted"}
 METRIC = re.compile(r"\b((?:stepwire|grpc_server)_[a-z_]+?)(?:_bucket)?(?=[{) \[]|$)")
 
 

@@ -19,7 +19,7 @@ from stepwire.version import __version__
 if TYPE_CHECKING:
     from stepwire.arrays.rows import Rows, Table
     from stepwire.client import Client
-    from stepwire.connecting import connect
+    from stepwire.connecting import connect, move_session
     from stepwire.connection.retry import Retry
     from stepwire.connection.security import TLS
     from stepwire.errors import (
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         Reason,
         ResourceExhaustedError,
         ServerError,
+        SessionMovedError,
         SessionNotFoundError,
         SessionNotReadyError,
         StateChangedError,
@@ -122,6 +123,7 @@ __all__ = [
     "Session",
     "SessionConfig",
     "SessionInfo",
+    "SessionMovedError",
     "SessionNotFoundError",
     "SessionNotReadyError",
     "SessionProgress",
@@ -139,11 +141,13 @@ __all__ = [
     "UnsupportedFeatureError",
     "__version__",
     "connect",
+    "move_session",
 ]
 
 _HOMES = {
     "Client": "client",
     "connect": "connecting",
+    "move_session": "connecting",
     **dict.fromkeys(("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "SGD", "Lion", "RMSprop"), "optimizers"),
     **dict.fromkeys(("Adagrad", "Adadelta", "LAMB", "LARS", "Optimizer", "Hyperparameters"), "optimizers"),
     "CheckpointInfo": "results",

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import pathlib
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from stepwire.client import Client
-from stepwire.connection.channel import Calls
+from stepwire.connection.channel import Calls, checked_timeout
 from stepwire.connection.config_file import ConfigFile, asked_target, read_config_file
 from stepwire.connection.errands import by_errand, undelivered
+from stepwire.connection.places import Asking, Place, places_of
 from stepwire.connection.retry import Retry
 from stepwire.connection.security import TLS, Security, security_of
 from stepwire.errors import InvalidRequestError
 from stepwire.links.server import RemoteServer
 from stepwire.optimizers.hyperparameters import whole_number
+from stepwire.sharding.move import Move
+from stepwire.sharding.one_server import OneServer
 from stepwire.sharding.server import ShardedServer
 from stepwire.steps.trace import tracing_of
 from stepwire.transports.available import asked_transport
-from stepwire.wire.directory import SCHEME, ShardDirectory
+from stepwire.transports.spin import spin_microseconds
 
-__all__ = ["Place", "calls_to", "connect", "places_of"]
+__all__ = ["calls_to", "connect", "count_servers", "move_session"]
 
 
 @by_errand
@@ -43,9 +46,12 @@ def connect(
 
     Args:
         target: `host:port`, or `unix:/path`; or several of them: then each session is sharded over all these servers,
-            which step it together. A model that is too small to be cut lies on the first ones. `directory:/path` names
-            a folder in which servers announce themselves (`stepwire serve --directory`): the targets are its shards,
-            and the client follows each of them wherever it moves. None: that of STEPWIRE_TARGET, else of the config
+            which step it together. A model that is too small to be cut lies on the first ones. Three kinds of target
+            stand for shards, which the client follows wherever they move: `directory:/path`, a folder in which servers
+            announce themselves (`stepwire serve --directory`); `dns:///name:port`, a name with several addresses, whose
+            servers tell their shards (`stepwire serve --shard`); and `ray://auto`, or `ray://host:10001`, a Ray cluster
+            (`stepwire cluster up`, extra `ray`). The names of shards give their order. `?shards=N` at the end waits
+            until there are so many, and `/SHARD` is one of them. None: that of STEPWIRE_TARGET, else of the config
             file, else `localhost:50051`.
         transport: the way of gradients and parameters: `"auto"`, the best that works (see `Session.transport`), or one
             alone: `"tcp"`, `"uds"` (a Unix socket), `"shm"` (memory shared on one host), `"packets"` (that memory, and
@@ -69,70 +75,134 @@ def connect(
     Raises:
         InvalidRequestError: the timeout or `channels` is not positive, `window_bytes` is negative, or there is no such
             target or transport, or the token would leave in plaintext, or the config file is wrong.
-        UnavailableError: the directory names no shard yet.
-        UnsupportedFeatureError: traces are asked for, and OpenTelemetry is not installed.
+        UnavailableError: the directory names no shard yet; or a name, or a Ray cluster, tells no shards within the
+            timeout.
+        UnsupportedFeatureError: traces are asked for, and OpenTelemetry is not installed; or Ray is not.
     """
     file = read_config_file()
     targets, each_times = _targets(asked_target(None, file) if target is None else target), _checked(channels)
     asked = asked_transport(transport, file=file)
+    spin_microseconds()  # a wrong one is refused here, and not by the first lane
     if whole_number(window_bytes, "window_bytes") < 0:
         raise InvalidRequestError.of("window_bytes", f"{window_bytes!r} is negative")
     tracing = tracing_of(trace_one_in, ",".join(targets))
-    places = [place for each in targets for place in places_of(each) for _ in range(each_times)]
-    security, retry = _security(targets, tls, token, file), retry or Retry()
-    calls = [
-        Calls(place.target, timeout_seconds=timeout, retry=retry, security=security, locate=place.locate)
-        for place in places
-    ]
-    servers = [RemoteServer(each, asked, window_bytes=window_bytes) for each in calls]
-    server = servers[0] if len(servers) == 1 else ShardedServer(servers)
+    asking = Asking(_security(targets, tls, token, file), retry or Retry(), checked_timeout(timeout))
+    places = [place for each in targets for place in places_of(each, asking) for _ in range(each_times)]
+
+    def opened(place: Place) -> RemoteServer:
+        return RemoteServer(_calls(place, asking), asked, window_bytes=window_bytes)
+
+    servers = [opened(place) for place in places]
+    followed = functools.partial(_opened_at, asking, opened)
+    one = len(servers) == 1
+    server = OneServer(servers[0], followed) if one else ShardedServer(servers, followed)
     client = Client(server, tracing)
     undelivered(client.close)
     return client
+
+
+@by_errand
+def move_session(
+    session_id: str | Sequence[str],
+    target: str | Sequence[str],
+    onto: str | Sequence[str],
+    *,
+    timeout: float = 600.0,
+    tls: bool | TLS | None = None,
+    token: str | None = None,
+) -> str:
+    """Move a session to other servers, in any number of them, at the end of a step.
+
+    Its client follows by itself, and sees one slow step. The bits of all steps are those of a session that has not
+    moved. Before the end of the move the session stays where it is, whatever fails; a move that broke off is made
+    again, or completed, by the same call.
+
+    Args:
+        session_id: the session's id; with shards `Session.session_id`, or the ids in it.
+        target: the servers that have it; see `connect`. The first one may name them all as a directory does.
+        onto: the servers that are to have it, in the order of its new shards, as its clients name them. A server may
+            be among both.
+        timeout: seconds for everything.
+        tls: as for `connect`, for all servers.
+        token: as for `connect`, for all servers.
+
+    Returns:
+        The session's id from now on. The former one finds the session as long as its servers are there.
+
+    Raises:
+        InvalidRequestError: a target is none, or these are not the shards of one model.
+        UnsupportedFeatureError: the session has several workers, rows that are named by ids, or durability
+            `"replicated"`, or its servers have an object store.
+        StepMismatchError: the shards are not at one step, and their client does not finish it.
+        SessionNotFoundError: there is no such session.
+        UnavailableError: a server cannot be reached; the message says what is known of the session.
+    """
+    file, named = read_config_file(), [_targets(group) for group in (target, onto)]
+    security = _security([each for group in named for each in group], tls, token, file)
+    asking = Asking(security, Retry(), checked_timeout(timeout))
+    groups = [[place for each in group for place in places_of(each, asking)] for group in named]
+
+    def opened(place: Place) -> RemoteServer:
+        return RemoteServer(_calls(place, asking))
+
+    with contextlib.ExitStack() as stack:
+        sources, targets = ([opened(place) for place in group] for group in groups)
+        here = ShardedServer(sources, functools.partial(_opened_at, asking, opened))
+        for server in (here, *targets):
+            stack.callback(server.close)
+        ids = [session_id] if isinstance(session_id, str) else session_id
+        return Move(here, targets).make(",".join(ids), sources[0].calls.deadline(timeout))
 
 
 def calls_to(target: str, *, timeout: float) -> Calls:
     """Open the calls of one server, protected as `connect` does without `tls` and `token`.
 
     Raises:
-        InvalidRequestError: as `connect`, or the target is a directory of several shards.
-        UnavailableError: the directory names no shard yet.
+        InvalidRequestError: as `connect`, or the target has several shards.
+        UnavailableError: as `connect`.
     """
-    places = places_of(target)
+    asking = _asking(target, timeout)
+    places = places_of(target, asking)
     if len(places) > 1:
         raise InvalidRequestError.of(
             "target",
             f"{target!r} has {len(places)} shards, and the call is one server's; name the address of a shard, such as "
-            f"that of the first, {places[0].address()!r}",
+            f"that of the first, {places[0].address(timeout)!r}",
         )
-    security = _security([target], None, None, read_config_file())
-    (place,) = places
-    return Calls(place.target, timeout_seconds=timeout, retry=Retry(), security=security, locate=place.locate)
+    return _calls(places[0], asking)
+
+
+def count_servers(target: str, *, timeout: float = 60.0) -> int:
+    """Return the number of servers that `connect` opens channels to for a target.
+
+    Raises:
+        StepwireError: as `connect`.
+    """
+    return len(places_of(target, _asking(target, timeout)))
+
+
+def _asking(target: str, timeout: float) -> Asking:
+    return Asking(_security([target], None, None, read_config_file()), Retry(), checked_timeout(timeout))
+
+
+def _opened_at(asking: Asking, opened: Callable[[Place], RemoteServer], target: str) -> RemoteServer:
+    """Open the link to a server that a session has moved to."""
+    return opened(places_of(target, asking)[0])
+
+
+def _calls(place: Place, asking: Asking) -> Calls:
+    return Calls(
+        place.target,
+        timeout_seconds=asking.timeout_seconds,
+        retry=asking.retry,
+        security=place.security,
+        locate=place.locate,
+    )
 
 
 def _security(targets: Sequence[str], tls: bool | TLS | None, token: str | None, file: ConfigFile) -> Security:
     """Return the protection of connections; that of the config file is for its own target."""
     return security_of(tls, token, file=file if file.protects(targets) else ConfigFile())
-
-
-class Place(NamedTuple):
-    """A server, and the way to its present address if it moves.
-
-    Attributes:
-        target: the server as the user named it, or as one shard of a directory.
-        locate: returns the present address of a server that moves; None for one that stays at its target.
-    """
-
-    target: str
-    locate: Callable[[], str] | None = None
-
-    def address(self) -> str:
-        """Return the present address.
-
-        Raises:
-            UnavailableError: nobody knows where the server is.
-        """
-        return self.target if self.locate is None else self.locate()
 
 
 def _targets(target: str | Sequence[str]) -> list[str]:
@@ -146,19 +216,3 @@ def _checked(channels: int) -> int:
     if (count := whole_number(channels, "channels")) < 1:
         raise InvalidRequestError.of("channels", f"{channels!r} is not a positive integer")
     return count
-
-
-def places_of(target: str) -> list[Place]:
-    """Return the servers of a target: one, or those of all shards in a directory.
-
-    Raises:
-        UnavailableError: the directory names no shard yet.
-    """
-    if not target.startswith(SCHEME):
-        return [Place(target)]
-    folder = target.removeprefix(SCHEME)
-    directory = ShardDirectory(pathlib.Path(folder.removeprefix("//") if folder.startswith("///") else folder))
-    return [
-        Place(f"{target}/{shard}", lambda shard=shard: directory.newest(shard)[1])  # type: ignore[misc]
-        for shard in directory.shards()
-    ]

@@ -9,6 +9,7 @@
     ├── StateChangedError            ABORTED
     ├── NotEnoughWorkersError        ABORTED
     ├── FencedError                  FAILED_PRECONDITION
+    ├── SessionMovedError            FAILED_PRECONDITION
     ├── UnsupportedFeatureError      FAILED_PRECONDITION
     ├── SessionNotReadyError         FAILED_PRECONDITION
     ├── ResourceExhaustedError       RESOURCE_EXHAUSTED
@@ -47,6 +48,7 @@ __all__ = [
     "Reason",
     "ResourceExhaustedError",
     "ServerError",
+    "SessionMovedError",
     "SessionNotFoundError",
     "SessionNotReadyError",
     "StateChangedError",
@@ -89,6 +91,8 @@ class Reason(enum.StrEnum):
     SHUTTING_DOWN = "SHUTTING_DOWN"
     STREAM_DISPLACED = "STREAM_DISPLACED"
     NO_STANDBY = "NO_STANDBY"
+    SESSION_MOVED = "SESSION_MOVED"
+    SESSION_MOVING = "SESSION_MOVING"
     UNREACHABLE = "UNREACHABLE"
     DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
     UNAUTHENTICATED = "UNAUTHENTICATED"
@@ -233,6 +237,15 @@ class FencedError(StepwireError):
     default_reason = Reason.FENCED
 
 
+class SessionMovedError(StepwireError):
+    """The session lives on in sessions of other servers: `stepwire.move_session`, or `stepwire cluster scale`.
+
+    The calls of a `Session` follow by themselves, as `Client.session` does with a former id.
+    """
+
+    default_reason = Reason.SESSION_MOVED
+
+
 class UnsupportedFeatureError(StepwireError):
     """This server does not have an option of the session; `metadata["field"]` names the option."""
 
@@ -328,6 +341,8 @@ ERROR_TABLE: dict[Reason, ErrorRow] = {
     Reason.SHUTTING_DOWN: ErrorRow("UNAVAILABLE", UnavailableError, retryable=True),
     Reason.STREAM_DISPLACED: ErrorRow("UNAVAILABLE", UnavailableError, retryable=True),
     Reason.NO_STANDBY: ErrorRow("UNAVAILABLE", UnavailableError, retryable=True),
+    Reason.SESSION_MOVED: ErrorRow("FAILED_PRECONDITION", SessionMovedError),
+    Reason.SESSION_MOVING: ErrorRow("UNAVAILABLE", UnavailableError, retryable=True),
     Reason.UNREACHABLE: ErrorRow("UNAVAILABLE", UnavailableError, retryable=True),
     Reason.DEADLINE_EXCEEDED: ErrorRow("DEADLINE_EXCEEDED", DeadlineExceededError),
     Reason.UNAUTHENTICATED: ErrorRow("UNAUTHENTICATED", AuthenticationError),

@@ -302,6 +302,8 @@ class ServerInfo:
         max_chunk_bytes: the largest payload of one message.
         draining: True once the server refuses new steps.
         not_serving: the reason why the server serves no sessions, such as that it is a standby; empty where it does.
+        shard: the name of its shard; empty for a server without one.
+        epoch: the epoch of its sessions.
     """
 
     version: str
@@ -314,6 +316,8 @@ class ServerInfo:
     max_chunk_bytes: int
     draining: bool
     not_serving: str = ""
+    shard: str = ""
+    epoch: int = 0
 
     @classmethod
     def from_wire(cls, message: pb.GetServerInfoResponse) -> ServerInfo:
@@ -337,4 +341,6 @@ class ServerInfo:
             max_chunk_bytes=message.limits.max_chunk_bytes,
             draining=message.draining,
             not_serving=message.not_serving,
+            shard=message.shard,
+            epoch=message.epoch,
         )

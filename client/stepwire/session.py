@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, cast
 
 import numpy.typing as npt
 
 from stepwire.arrays.packing import Arrays
-from stepwire.arrays.trees import Structure, Tree, flattened, is_nested
+from stepwire.arrays.trees import Structure, Tree, flattened
 from stepwire.connection.config_file import read_config_file
-from stepwire.connection.errands import by_errands
-from stepwire.errors import InvalidRequestError
+from stepwire.connection.errands import by_errands, run
+from stepwire.errors import InvalidRequestError, SessionMovedError
 from stepwire.links.link import Load, SessionLink
 from stepwire.links.observed import MOST_PAST_STEPS, ObservedSteps
 from stepwire.links.ownership import Ownership
@@ -25,9 +26,11 @@ from stepwire.results import SessionConfig, SessionInfo, SessionStatistics, Snap
 from stepwire.session_state import Fork, StateCalls
 from stepwire.step_result import PastStep, StepResult
 from stepwire.steps.build import Overrides, Reply, StepBuilder, StepOptions
+from stepwire.steps.call import StepCall
 from stepwire.steps.loss_scale import KnownLossScale
 from stepwire.steps.notices import OnReady
 from stepwire.transports.available import asked_transport
+from stepwire.v1 import step_pb2
 from stepwire.wire.dtypes import FLOAT32
 
 __all__ = ["Session"]
@@ -35,7 +38,7 @@ __all__ = ["Session"]
 _PARAM = "param"
 
 
-@by_errands(but=["history", "keep", "log_to", "step", "step_async", "statistics"], lasting=["close"])
+@by_errands(but=["history", "keep", "log_to", "step", "apply", "step_async", "statistics"], lasting=["close"])
 class Session(StateCalls):
     """One optimizer on the server. Made by `Client.create_session` or `Client.session`.
 
@@ -241,22 +244,32 @@ class Session(StateCalls):
 
     def apply(self, gradients: Arrays, options: StepOptions, timeout: float | None = None) -> Tree:
         """Apply a step whose options are a record; see `step`."""
-        if is_nested(gradients) or is_nested(options.out):
-            return self._apply_nested(gradients, options, timeout)
-        with (link := self._link).lock:
-            call, reply = self._builder.build(gradients, options)
+        direct = (link := self._link).direct
+        if direct is not None and not self._observed.has_observers:
+            try:
+                if (reply := direct.step(functools.partial(self._begun, gradients, options), timeout)) is not None:
+                    return reply
+            except SessionMovedError:  # the link follows
+                pass
+        return run(functools.partial(self._apply, link, gradients, options, timeout))
+
+    def _apply(self, link: SessionLink, gradients: Arrays, options: StepOptions, timeout: float | None) -> Tree:
+        with link.lock:
+            call, made = self._builder.build_tree(gradients, options, self._structure)
             past = self._observed.step(call, link.deadline(timeout))
         self._observed.tell(past, self._builder.notices)
-        return ({} if isinstance(gradients, Mapping) else []) if reply is None else reply
+        return made()
 
-    def _apply_nested(self, gradients: Arrays, options: StepOptions, timeout: float | None) -> Tree:
-        given = flattened(gradients, "gradients")
-        out = None if options.out is None else flattened(options.out, "out").named
-        reply = self.apply(given.named, dataclasses.replace(options, out=out), timeout)
-        if options.out is not None and reply is out:
-            return options.out
-        assert isinstance(reply, dict)
-        return given.structure.restored(reply, self._structure)
+    def _begun(self, gradients: Arrays, options: StepOptions) -> tuple[StepCall, Callable[[step_pb2.StepResult], Tree]]:
+        """Build a call as `_built` does, whose step is remembered once its result is there."""
+        began = time.perf_counter()
+        call, made = self._builder.build_tree(gradients, options, self._structure)
+
+        def delivered(result: step_pb2.StepResult) -> Tree:
+            self._observed.remember(began, result)
+            return made()
+
+        return call, delivered
 
     def step_async(
         self, gradients: Arrays, *, steps_in_flight: int = 2, timeout: float | None = None, **options: Any

@@ -9,13 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwire.arrays.packing import Packer
-from stepwire.arrays.rows import Rows, RowTarget, rows_of
+from stepwire.arrays.rows import Rows
 from stepwire.arrays.trees import Structure, Tree
 from stepwire.connection.errands import by_errands
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
 from stepwire.links import checkpoints as calls
 from stepwire.links.link import Load, SessionLink, StateOrigin
 from stepwire.links.snapshots import snapshot_of
+from stepwire.links.table_rows import checked_rows, hashed_tables, read_rows, row_ids, whole_tables
 from stepwire.optimizers.durability import Durability, DurabilityLevel
 from stepwire.optimizers.hyperparameters import whole_number
 from stepwire.results import CheckpointInfo, Snapshot
@@ -70,7 +71,8 @@ class StateCalls:
     ) -> Tree:
         """Return the current parameters, nested as at creation; or some rows of tables, as a dict of `Rows`.
 
-        For a session that was found by its id that is a flat dict of names; see `Client.session`.
+        For a session that was found by its id that is a flat dict of names; see `Client.session`. A table whose rows
+        are named by ids comes as `Rows` of all rows that there are, by rising id.
 
         Args:
             average: their moving average instead, of a session created with `parameter_average_decay`.
@@ -85,34 +87,57 @@ class StateCalls:
             StepwireError: the session is gone, not loaded, or was stepping all the time until the timeout.
         """
         wire_dtype = dtype_named(dtype, "dtype")
+        layout = self._packer.layout
+        if rows is None and not average and hashed_tables(layout) and len(layout.tables) == len(layout.tensors):
+            return self._structure.restored(whole_tables(self._link, wire_dtype, self._link.deadline(timeout)))
         if rows is not None:
             if average:
                 raise UnsupportedFeatureError(
-                    "average: tables keep no average of their parameters; pull rows without it",
+                    "average: rows come without the average of their parameters; pull the whole average, of tables of "
+                    "the meaning 'global'",
                     metadata={"field": "average", "feature": "sparse_rows"},
                 )
-            return self._pulled_rows(rows, wire_dtype, timeout)
+            return read_rows(self._link, rows, wire_dtype, self._link.deadline(timeout))[0]
         named, targets = self._packer.allocate_named(wire_dtype)
         self._link.pull({_AVERAGE if average else _PARAM: targets}, wire_dtype, self._link.deadline(timeout))
         return self._structure.restored(named)
 
-    def _pulled_rows(
-        self, rows: Mapping[str, npt.ArrayLike], dtype: np.dtype[Any], timeout: float | None
-    ) -> dict[str, Any]:
-        """Return rows of tables; see `pull`."""
-        layout = self._packer.layout
-        tables = {table.spec.name: index for index, table in layout.tables.items()}
-        found, targets = dict[str, Any](), list[RowTarget]()
-        for name, indices in rows.items():
-            if name not in tables:
-                raise InvalidRequestError.of("rows", f"{name!r} is no table of this session; it has {sorted(tables)}")
-            table = layout.tensors[tables[name]]
-            own = rows_of(indices, table, f"rows[{name!r}]")
-            targets.append(RowTarget(tables[name], own, np.empty((len(own), table.spec.width), dtype)))
-            found[name] = Rows(own, targets[-1].values.reshape(-1, *table.spec.shape[1:]))
-        if targets:
-            self._link.pull_rows(targets, dtype, self._link.deadline(timeout))
-        return found
+    def row_ids(self, table: str, *, timeout: float | None = None) -> npt.NDArray[np.uint64]:
+        """Return the ids of the rows that a table has now, `(n,) uint64`, rising.
+
+        `pull(rows={table: ids[low:high]})` then has their values, some at a time, for a table that is larger than the
+        memory of the client. A row that is evicted meanwhile comes with its first values.
+
+        Args:
+            table: the name of the table.
+            timeout: seconds.
+
+        Raises:
+            InvalidRequestError: it is no table whose rows are named by ids.
+            StepwireError: as `pull`.
+        """
+        if table not in (hashed := hashed_tables(self._packer.layout)):
+            raise InvalidRequestError.of("table", f"{table!r} has no ids; tables that have: {sorted(hashed)}")
+        return row_ids(self._link, {table: hashed[table]}, self._link.deadline(timeout))[0][table]
+
+    def load_rows(self, rows: Mapping[str, Rows], *, timeout: float | None = None) -> None:
+        """Replace the parameters of some rows of tables; all other rows, moments and step counts stay.
+
+        A new id gets a row, with first moments. So a table that is larger than the client is loaded some rows at a
+        time. Each call is a load, as that of `load`.
+
+        Args:
+            rows: the rows by the names of tables, each row once.
+            timeout: seconds.
+
+        Raises:
+            InvalidRequestError: a name is no table's, a row comes often, or the rows do not fit; nothing was changed.
+            ResourceExhaustedError: a table has no room for new ids; nothing was changed.
+            StepwireError: as `load`.
+        """
+        loaded = checked_rows(rows, self._packer.layout)
+        with self._link.lock:
+            self._link.load(Load({}, rows=loaded), self._link.deadline(timeout))
 
     def state(self, *, timeout: float | None = None) -> Snapshot:
         """Return everything: parameters, moments and step counts, all as of one step.

@@ -21,7 +21,7 @@ _ACTIVITIES: Final = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ServerLoad:
-    """A server at one moment, the sessions of all tenants together.
+    """A server at one moment: its sessions and streams; those of one tenant for a caller of one.
 
     Attributes:
         target: the target of the connection.

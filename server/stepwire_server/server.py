@@ -22,16 +22,16 @@ from stepwire.threads import DaemonThreads
 from stepwire.version import __version__
 from stepwire_server.access.configured import access_of
 from stepwire_server.config import ServerConfig
-from stepwire_server.devices.fair_share import parse_weights
-from stepwire_server.devices.kernels import KernelLimits
 from stepwire_server.devices.pool import DevicePool
+from stepwire_server.devices.starting import start_devices
 from stepwire_server.durability.disk import Disk
 from stepwire_server.durability.object_store import ObjectStoreError
-from stepwire_server.engines import CudaOptions, choose_engines
 from stepwire_server.host.heap import HeapKeeper
+from stepwire_server.host.memory_guard import MemoryGuard
 from stepwire_server.monitoring.monitoring import Monitoring
 from stepwire_server.processes.announcement import announce, check_announced, endpoint_of
 from stepwire_server.processes.port_file import write_ports
+from stepwire_server.processes.standby_settings import check_replication
 from stepwire_server.records.session_statistics import RegistryStatistics
 from stepwire_server.rpc.call_rooms import MOST_CALLS, CallRooms, CallStatistics
 from stepwire_server.rpc.channel_options import channel_options, largest_message_bytes
@@ -40,13 +40,14 @@ from stepwire_server.rpc.durable_codec import DurableCodec
 from stepwire_server.rpc.health_status import HealthStatus
 from stepwire_server.rpc.interceptors import interceptors
 from stepwire_server.rpc.lane_gate import LaneGate
-from stepwire_server.rpc.listen import Listening, check_bind
+from stepwire_server.rpc.listen import Listening, check_bind, check_free
 from stepwire_server.rpc.reflection import add_reflection
 from stepwire_server.rpc.replicating import Replication
 from stepwire_server.rpc.replication_service import ReplicationService
 from stepwire_server.rpc.servicer import OptimizerService
 from stepwire_server.rpc.serving import Serving
 from stepwire_server.rpc.share_memory import HostSharing
+from stepwire_server.sessions.closing import closed_on_failure
 from stepwire_server.sessions.data_directory import DataDirectory
 from stepwire_server.sessions.parked import durable_steps
 from stepwire_server.sessions.registry import Registry
@@ -115,24 +116,28 @@ class Server:
             disk: the system calls of the data directory; tests and benchmarks pass their own.
 
         Raises:
-            InvalidRequestError: an address is taken, not understood, or not loopback without `insecure`.
+            InvalidRequestError: an address is taken, not understood, or not loopback without `insecure`; or settings do
+                not go together.
             UnsupportedFeatureError: a device is missing, or does not work.
         """
-        check_bind(config)
-        check_announced(config)
+        for check in (check_bind, check_announced, check_replication):
+            check(config)
         self._config, self.monitoring = config, Monitoring(config)
-        self._pool = pool or _start_devices(config)
-        self._certificates, self.access = access_of(config)
-        self._drain = Drain()
+        self._pool = pool or start_devices(config)
+        self._drain, self._closed = Drain(), False
         self.lanes = LaneGate(enabled=config.compiled_lanes and not self.monitoring.traces)
         self.registry = Registry(self._pool, limits_of(config), clock, self.monitoring.sinks)
-        self._directory = _data_directory(config, clock, disk)
-        if self._directory is not None:
-            self.registry.recover(self._directory)
+        with closed_on_failure(self._pool):
+            check_free(config)  # before a data directory is acquired, which the server that listens there may own
+            self._certificates, self.access = access_of(config)
+            self._directory = _data_directory(config, clock, disk)
+            if self._directory is not None:
+                self.registry.recover(self._directory)
         self.replication = Replication(config, self.registry, clock)
         # One for each stream: a line for threads would be another order than that of turns, which are fair.
         self._commit_threads = DaemonThreads(config.max_streams + RETURNING_STREAMS, "commit")
         self._rooms = CallRooms(clock, config.step_idle_seconds, message_bytes=largest_message_bytes(config))
+        self._memory = MemoryGuard(self._relieve, config.memory_limit)
         self._handlers = DaemonThreads(config.max_streams + RETURNING_STREAMS + MOST_CALLS + _LEAVING_CALLS, "call")
         self._grpc = grpc.server(
             cast(Any, self._handlers),  # gRPC uses nothing that other executors have not
@@ -145,15 +150,13 @@ class Server:
         self._stopped, self._lost = threading.Event(), threading.Event()
         self._tell_lost: Callable[[], None] = lambda: None
         self._sweeper = threading.Thread(target=self._sweep, name="sweep", daemon=True)
-        self._closed = False
         self._listening: Listening | None = None
         self._host_sharing: HostSharing | None = None
         listening, self.handoff = self._listen(clock)
         self.port, self.target, self.unix_socket = listening.port, listening.target, listening.unix_socket
         self._endpoint = endpoint_of(config, self.target, self.port)
-        services = self._service(clock), ReplicationService(self.replication, self.access)
-        self._grpc.add_generic_rpc_handlers(tuple(each.handlers() for each in services))
         self._health = HealthStatus(self._grpc)
+        self._grpc.add_generic_rpc_handlers(self._services(clock))
         self._pool.on_lost(self._device_lost)
         self.access.on_change(self.registry.streams.check)
         _open.add(self)
@@ -161,10 +164,11 @@ class Server:
     def start(self) -> None:
         """Serve from now on."""
         self.handoff.start()
-        self.replication.start(self._endpoint, self._announce, self._health.serves)
+        self.replication.start(self._endpoint, self._announce, self._health.serves, self._lose)
         self._grpc.start()
         self.monitoring.start()
         self._sweeper.start()
+        self._memory.start()
         if self._directory is not None:
             self._directory.start()
         threading.Thread(target=self._warm_up, name="warm-up", daemon=True).start()
@@ -224,6 +228,7 @@ class Server:
         self._closed = True
         self._refuse_steps()
         self._stopped.set()
+        self._memory.close()
         stopped = self._grpc.stop(_STREAM_END_SECONDS)
         self.registry.streams.cancel()
         stopped.wait()
@@ -245,11 +250,11 @@ class Server:
 
     @property
     def lost(self) -> bool:
-        """True once a device has failed for good: the server is not healthy, and only a new process has the device."""
+        """True once only a new process serves: a device has failed for good, or another server has the sessions."""
         return self._lost.is_set()
 
     def on_lost(self, tell: Callable[[], None]) -> None:
-        """Call `tell` once a device has failed for good, in the thread that finds out; at once if one has failed."""
+        """Call `tell` once this server is `lost`, in the thread that finds out; at once if it is."""
         self._tell_lost = tell
         if self.lost:
             tell()
@@ -285,25 +290,21 @@ class Server:
 
     def _listen(self, clock: Callable[[], float]) -> tuple[Listening, HostSharing]:
         with self._closed_by_errors():
+            self.monitoring.replication = self.replication.status
             self.monitoring.listen(self.registry, self.access, lambda: self._drain.started, self._certificates)
             self._listening = listening = Listening(self._grpc, self._config, self._certificates)
             self._host_sharing = sharing = HostSharing(self._config, clock, [device.name for device in self._pool])
             add_reflection(self._grpc, self._config)
         return listening, sharing
 
-    def _service(self, clock: Callable[[], float]) -> OptimizerService:
-        most, sinks = self._config.max_chunk_bytes, self.monitoring.reply_sinks
-        return OptimizerService(
-            self.registry,
-            Serving(self._drain, self._commit_threads, clock, most, self.access, sinks, self._problem, self.lanes),
-            self._config,
-            self.handoff.sharing,
-            instance_id=secrets.token_hex(8),
-            local=self.handoff.local_access(self.unix_socket),
+    def _services(self, clock: Callable[[], float]) -> tuple[grpc.GenericRpcHandler, ...]:
+        most, sinks, problem = self._config.max_chunk_bytes, self.monitoring.reply_sinks, self._health.problem
+        serving = Serving(self._drain, self._commit_threads, clock, most, self.access, sinks, problem, self.lanes)
+        local, instance = self.handoff.local_access(self.unix_socket), secrets.token_hex(8)
+        steps = OptimizerService(
+            self.registry, serving, self._config, self.handoff.sharing, instance_id=instance, local=local
         )
-
-    def _problem(self) -> str:
-        return self._health.problem
+        return steps.handlers(), ReplicationService(self.replication).handlers()
 
     def _told(self, error: StepwireError) -> StepwireError:
         """Return the error that a caller may be told: an owner that was overtaken knows nothing of the sessions."""
@@ -320,6 +321,9 @@ class Server:
     def _device_lost(self, error: DataLossError) -> None:
         _log.error("device lost; this process has to end", problem=str(error), **error.metadata)
         self._health.end()
+        self._lose()
+
+    def _lose(self) -> None:
         self._lost.set()
         self._tell_lost()
 
@@ -336,6 +340,10 @@ class Server:
                     self._pool.rest()
             except Exception:  # a broken device must not keep the other leases from running out
                 _log.exception("sweep failed")
+
+    def _relieve(self) -> int:
+        """End whatever may hold a part of a message: whoever has waited for one for longer than messages take."""
+        return self.registry.streams.end_waiting() + self._rooms.end_slow()
 
     def _look_at_owner(self) -> None:
         """Say that this server serves nothing, if another one owns its data directory by now."""
@@ -373,25 +381,3 @@ def _data_directory(config: ServerConfig, clock: Callable[[], float], disk: Disk
             "it answers",
             reason=Reason.UNREACHABLE,
         ) from error
-
-
-def _start_devices(config: ServerConfig) -> DevicePool:
-    """Start the devices that the settings name, and log the choice with its reason."""
-    weights = parse_weights(config.tenant_weights)
-    options = CudaOptions(config.gpu_bus_buffers, config.gpu_bus_buffer_bytes, config.gpu_gradient_cache_bytes)
-    choice = choose_engines(config.device, config.threads or None, options=options)
-    pool = DevicePool.of(
-        choice.engines, config.memory_budget, weights, KernelLimits(config.max_kernels, config.tenant_max_kernels)
-    )
-    log = _log.warning if choice.remarkable else _log.info
-    log("devices chosen", devices=", ".join(device.name for device in pool), why=choice.why)
-    for device in pool:
-        info = device.engine.device
-        _log.info(
-            "device",
-            name=info.name,
-            description=info.description,
-            memory_bytes=info.memory_bytes,
-            budget_bytes=device.budget.limit_bytes,
-        )
-    return pool

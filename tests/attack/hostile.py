@@ -13,7 +13,7 @@ import grpc
 from google.protobuf import duration_pb2
 from google.protobuf.message import Message
 
-from stepwire.v1 import attach_pb2, optimizer_pb2, session_pb2, state_pb2, step_pb2, tensor_pb2
+from stepwire.v1 import attach_pb2, move_pb2, optimizer_pb2, session_pb2, state_pb2, step_pb2, tensor_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 
 __all__ = ["ATTACKED", "Attacker"]
@@ -35,13 +35,22 @@ ATTACKED: Final = (
     "DeleteCheckpoint",
     "Rollback",
     "ForkSession",
+    "FreezeSession",
+    "ThawSession",
+    "ExportSession",
+    "ImportSession",
+    "HandOverSession",
+    "GetSuccessor",
     "GetStatistics",
     "NoSuchMethod",
 )
 """The methods that requests are sent to: all of the service, and one that it has not."""
-_STREAMING: Final = ("Attach", "Load", "Pull", "GetStatistics")
+_OPENED: Final = ("Attach", "Load", "ImportSession")
+_STREAMING: Final = (*_OPENED, "Pull", "ExportSession", "GetStatistics")
 _NUMBERS: Final = (0, 1, 2, 255, 256, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**63, 2**64 - 1)
 _NAMES: Final = ("", "w", "../../etc/passwd", "/", "a" * 600, "\x00", "\u202e", "{}", "%s%n", "CON", "w\nlevel=error")
+_NEWER_STREAM: Final = "is held by a newer stream of this client"
+"""The only answer that may be UNAVAILABLE: to a request with an attach token of before."""
 _PATIENCE_SECONDS: Final = 60.0
 
 
@@ -80,8 +89,9 @@ class Attacker:
         except grpc.RpcError as error:
             assert isinstance(error, grpc.Call)
             code = error.code().name
-            if code in ("UNKNOWN", "INTERNAL"):
-                self.wrong.append((method, error.details() or ""))
+            details = error.details() or ""
+            if code in ("UNKNOWN", "INTERNAL") or (code == "UNAVAILABLE" and _NEWER_STREAM not in details):
+                self.wrong.append((method, details))
         else:
             code = "OK"
             self._remember(method, responses)
@@ -141,7 +151,7 @@ class Attacker:
 
     def _messages(self, method: str) -> Iterator[bytes]:
         """Yield the messages of a request: one in most cases."""
-        count = self._random.choice((0, 1, 1, 1, 1, 1, 2, 5)) if method in ("Attach", "Load") else 1
+        count = self._random.choice((0, 1, 1, 1, 1, 1, 2, 5)) if method in _OPENED else 1
         make: Callable[[], Message] = getattr(self, f"_{method.lower()}", pb.GetServerInfoRequest)
         for index in range(count):
             data = (self._opening(method) if index == 0 and count > 1 else make()).SerializeToString()
@@ -178,6 +188,9 @@ class Attacker:
             if self._random.random() < 0.3:
                 opening.epoch = self._number()
             return pb.AttachRequest(open=opening)
+        if method == "ImportSession":
+            imported = move_pb2.ImportOpen(session_id=self._session(), attach_token=self._token())
+            return pb.ImportSessionRequest(open=imported)
         load = state_pb2.LoadOpen(
             session_id=self._session(), attach_token=self._token(), load=self._number(), slots=["param"]
         )
@@ -246,6 +259,46 @@ class Attacker:
         if "name" in request.DESCRIPTOR.fields_by_name:
             request.name = self._random.choice(_NAMES)  # type: ignore[attr-defined]
         return request
+
+    def _move_id(self) -> str:
+        return self._random.choice(("move", "move", "other", *_NAMES))
+
+    def _freezesession(self) -> Message:
+        request = pb.FreezeSessionRequest(session_id=self._session(), move_id=self._move_id(), last_step=self._number())
+        request.lease.seconds = self._random.choice((-1, 0, 1, 1, 600, 10**9))
+        return request
+
+    def _thawsession(self) -> Message:
+        return pb.ThawSessionRequest(session_id=self._session(), move_id=self._move_id())
+
+    def _exportsession(self) -> Message:
+        return pb.ExportSessionRequest(
+            session_id=self._session(), move_id=self._move_id(), chunk_bytes=self._random.choice((0, 4, self._number()))
+        )
+
+    def _importsession(self) -> Message:
+        message = pb.ImportSessionRequest(slot=self._random.choice(("param", "row_numbers.0", "")))
+        if self._random.random() < 0.7:
+            message.chunk.CopyFrom(tensor_pb2.Chunk(offset=self._number(), count=self._number()))
+            message.payload = self._payload()
+        else:
+            message.numbers.step = self._number()
+            message.numbers.tensor_steps.extend([self._number()] * self._random.choice((0, 1, 2, 1000)))
+        return message
+
+    def _handoversession(self) -> Message:
+        request = pb.HandOverSessionRequest(
+            session_id=self._session(), move_id=self._move_id(), decided=self._random.random() < 0.3
+        )
+        request.step, request.epoch = self._random.choice((0, 1, self._number())), self._number()
+        for _ in range(self._random.choice((0, 1, 2, 1000))):
+            session_id = self._random.choice(("0" * 32, self._session()))
+            target = self._random.choice(("127.0.0.1:1", *_NAMES))
+            request.successor.shards.add(session_id=session_id, target=target, attach_token=self._number())
+        return request
+
+    def _getsuccessor(self) -> Message:
+        return pb.GetSuccessorRequest(session_id=self._session(), attach_token=self._token())
 
     def _getsession(self) -> Message:
         return pb.GetSessionRequest(session_id=self._session())

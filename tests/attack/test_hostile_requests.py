@@ -47,6 +47,7 @@ REFUSALS: Final = {
     "OUT_OF_RANGE",
     "ALREADY_EXISTS",
     "CANCELLED",
+    "UNAVAILABLE",
 }
 
 

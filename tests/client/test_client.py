@@ -184,14 +184,14 @@ def test_an_option_that_is_not_served_is_refused_at_creation(
     client: stepwire.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the server: this client has no name for what that one does not serve, so its config is changed on the way."""
-    unary = client._server.calls.unary
+    unary = client._server.server.calls.unary
 
     def changed(method: str, request: Any, *arguments: Any) -> Any:
         if method == "CreateSession":
             request.config.durability = session_pb2.DURABILITY_JOURNAL
         return unary(method, request, *arguments)
 
-    monkeypatch.setattr(client._server.calls, "unary", changed)
+    monkeypatch.setattr(client._server.server.calls, "unary", changed)
     with pytest.raises(stepwire.UnsupportedFeatureError) as refused:
         client.create_session(ONE)
     assert refused.value.metadata == {"field": "config.durability", "feature": "durability_journal"}

@@ -59,6 +59,7 @@ def test_only_passing_troubles_are_retried() -> None:
         Reason.STREAM_DISPLACED,
         Reason.UNREACHABLE,
         Reason.NO_STANDBY,
+        Reason.SESSION_MOVING,
     }
     assert retried == passing
 

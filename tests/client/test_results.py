@@ -131,6 +131,9 @@ def test_a_server_info_takes_every_value(draining: bool) -> None:
         features=["overlap", "schedules"],
         sessions=5,
         draining=draining,
+        not_serving="a standby",
+        shard="a",
+        epoch=3,
     )
     assert ServerInfo.from_wire(message) == ServerInfo(
         version="9.8.7",
@@ -144,4 +147,7 @@ def test_a_server_info_takes_every_value(draining: bool) -> None:
         sessions=5,
         max_chunk_bytes=4096,
         draining=draining,
+        not_serving="a standby",
+        shard="a",
+        epoch=3,
     )

@@ -12,6 +12,8 @@ import pytest
 
 import stepwire
 from stepwire import Rows, Table
+from stepwire.links import table_rows
+from stepwire.sharding import partition
 from tests.support.lost_replies import lost_replies
 from tests.support.numpy_server import numpy_server
 
@@ -77,7 +79,7 @@ def test_a_step_that_is_skipped_or_refused_makes_no_row(client: stepwire.Client)
         reply = session.step({"t": Rows([8, 9], ones * np.float32("nan"))})["t"]
         assert np.array_equal(reply.values, first([8, 9])) and session.info().tables[0].rows == 0
         session.step({"t": Rows([8, 9], ones)})
-        with pytest.raises(stepwire.ResourceExhaustedError, match="2 of 3 rows, and the step has 2 new ids") as full:
+        with pytest.raises(stepwire.ResourceExhaustedError, match="2 of 3 rows, and 2 ids are new") as full:
             session.step({"t": Rows([10, 11], ones)})
         assert full.value.metadata["table"] == "t" and session.info().tables[0].rows == 2
         session.step({"t": Rows([10, 8], ones)})  # the same number, with another gradient
@@ -146,11 +148,59 @@ def test_journals_checkpoints_and_forks_go_on_with_the_same_bits(tmp_path: pathl
             assert again.applied_step == applied and replies(again, steps[applied:]) == wanted[applied:]
 
 
+@pytest.mark.parametrize("shards", [1, 3])
+def test_whole_tables_come_with_their_ids(
+    client: stepwire.Client, monkeypatch: pytest.MonkeyPatch, shards: int
+) -> None:
+    """Beside a table of indices, in small messages, over several servers too; and some rows at a time."""
+    monkeypatch.setattr(partition, "GRAIN", WIDTH)
+    monkeypatch.setattr(partition, "SMALLEST_IN_BLOCKS", 1)
+    tables = hashed(2000) | {"plain": Table((7, 2), uniform_bound=0.5, seed=3)}
+    ids = np.random.default_rng(2).integers(0, 2**63, 900)
+    gradient = {"t": Rows(ids, np.ones((900, WIDTH), np.float32)), "plain": Rows([3], np.ones((1, 2), np.float32))}
+    with (
+        stepwire.connect([client.target] * shards) as several,
+        several.create_session(tables, optimizer=ADAM) as session,
+    ):
+        assert len(session.shards) == shards
+        assert session.row_ids("t").tolist() == []
+        empty: Any = session.pull()
+        assert (len(empty["t"].indices), empty["t"].values.shape) == (0, (0, WIDTH))
+        assert empty["plain"].shape == (7, 2)
+        reply: Any = session.step(gradient)
+        assert session.row_ids("t").tolist() == sorted(ids.tolist())
+        whole: Any = session.pull()
+        assert whole["t"].indices.tolist() == sorted(ids.tolist())
+        assert whole["t"].values.tobytes() == reply["t"].values.tobytes()
+        assert whole["plain"][3].tolist() == reply["plain"].values[0].tolist()
+        parts: list[Any] = [session.pull(rows={"t": each})["t"] for each in np.array_split(session.row_ids("t"), 7)]
+        assert np.concatenate([each.values for each in parts]).tobytes() == reply["t"].values.tobytes()
+        with pytest.raises(stepwire.InvalidRequestError, match=r"'plain' has no ids; tables that have: \['t'\]"):
+            session.row_ids("plain")
+
+
+def test_a_step_between_ids_and_rows_begins_the_pull_again(
+    client: stepwire.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with client.create_session(hashed(), optimizer=ADAM) as session:
+        session.step({"t": Rows([8], np.ones((1, WIDTH), np.float32))})
+        read, moments = table_rows.read_rows, []
+
+        def reading(*arguments: Any) -> Any:
+            moments.append(session.applied_step)
+            if len(moments) == 1:
+                session.step({"t": Rows([5, 8], np.ones((2, WIDTH), np.float32))})
+            return read(*arguments)
+
+        monkeypatch.setattr(table_rows, "read_rows", reading)
+        whole: Any = session.pull()
+        assert moments == [1, 2] and whole["t"].indices.tolist() == [5, 8]
+
+
 def test_what_needs_a_whole_table_is_refused(client: stepwire.Client) -> None:
     with client.create_session(hashed(), optimizer=ADAM) as session:
-        for call in (session.pull, session.state):
-            with pytest.raises(stepwire.UnsupportedFeatureError, match="named by ids, and whole slots name none"):
-                call()
+        with pytest.raises(stepwire.UnsupportedFeatureError, match="named by ids, and whole slots name none"):
+            session.state()
         with pytest.raises(stepwire.UnsupportedFeatureError, match="named by ids, and whole slots name none"):
             session.load({"t": np.zeros((16, WIDTH), np.float32)})
         for ids in ([-1], [2**63]):
@@ -165,13 +215,3 @@ def test_what_needs_a_whole_table_is_refused(client: stepwire.Client) -> None:
     for tables, words in refused:
         with pytest.raises(stepwire.StepwireError, match=words):
             client.create_session(tables, optimizer=ADAM)
-
-
-def test_several_servers_and_workers_refuse_ids(client: stepwire.Client) -> None:
-    with pytest.raises(stepwire.UnsupportedFeatureError):
-        client.create_session(hashed(), optimizer=ADAM, aggregation=stepwire.Aggregation(workers=2))
-    with (
-        stepwire.connect([client.target, client.target]) as several,
-        pytest.raises(stepwire.UnsupportedFeatureError, match="use one target"),
-    ):
-        several.create_session(hashed(), optimizer=ADAM)

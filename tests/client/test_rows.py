@@ -225,14 +225,20 @@ def test_wrong_rows_are_refused_by_the_client(client: stepwire.Client, what: str
             session.step({"table": gradient})
         with pytest.raises(stepwire.InvalidRequestError, match="row 9 is not"):
             session.pull(rows={"table": [0, 9]})
-        with pytest.raises(stepwire.UnsupportedFeatureError, match="tables keep no average"):
+        with pytest.raises(stepwire.UnsupportedFeatureError, match="rows come without the average"):
             session.pull(rows={"table": [0]}, average=True)
         assert session.applied_step == 0
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "accumulation": ({"accumulation_steps": 2}, "accumulation_steps"),
-    "an average": ({"parameter_average_decay": 0.9}, "parameter_average_decay"),
+    "accumulation": (
+        {"accumulation_steps": 2},
+        "accumulation_steps.*use 'global' for all tables, or sum the gradients",
+    ),
+    "an average": (
+        {"parameter_average_decay": 0.9},
+        "parameter_average_decay.*use 'global' for all tables, or average",
+    ),
     "moments in bfloat16": ({"state_precision": "bfloat16"}, "has bfloat16 moments"),
     "a median": ({"aggregation": stepwire.Aggregation(workers=2, reduction="median")}, "aggregation.reduction"),
     "weight decay": ({"optimizer": stepwire.AdamW()}, "weight decay 0.01 has no meaning"),
@@ -248,6 +254,48 @@ def test_what_tables_exclude_is_refused_at_creation(client: stepwire.Client, wha
     with pytest.raises(stepwire.UnsupportedFeatureError, match=message) as refused:
         client.create_session({"table": np.ones((9, 5), np.float32)}, tables={"table": "torch_sparse"}, **options)
     assert refused.value.metadata["feature"] == "sparse_rows"
+
+
+@pytest.mark.parametrize("policy", ["reject", "skip"])
+@pytest.mark.parametrize("rule", ["adam", "momentum"])
+def test_global_tables_accumulate_and_average_as_dense_tensors_do(
+    client: stepwire.Client, rule: str, policy: Any
+) -> None:
+    """Bit for bit, with clipping over the sum; a sum that is not finite is dropped, or refused beforehand."""
+    start = {"table": drawn().standard_normal((ROWS, WIDTH)).astype(np.float32), "w": np.ones(3, np.float32)}
+    options: dict[str, Any] = {"optimizer": OPTIMIZERS[rule], "accumulation_steps": 2, "parameter_average_decay": 0.5}
+    options |= {"clip_grad_norm": 0.75, "non_finite": policy}
+    with (
+        client.create_session(start, tables={"table": "global"}, **options) as session,
+        client.create_session(start, **options) as whole,
+    ):
+        for number, (rows, values) in enumerate(batches()):
+            if number in (2, 3) and policy == "skip":
+                values = np.full_like(values, 3e38 if number == 2 else np.inf)
+            with np.errstate(over="ignore"):
+                gradient = dense(rows, values).astype(np.float32)
+            w = np.full(3, number, np.float32)
+            reply: Any = session.step({"table": Rows(rows, values), "w": w})
+            other: Any = whole.step({"table": gradient, "w": w})
+            assert reply["table"].values.tobytes() == other["table"][np.unique(rows)].tobytes()
+            assert session.last_result is not None and whole.last_result is not None
+            assert session.last_result.grad_norm == whole.last_result.grad_norm
+            assert session.last_result.skipped == whole.last_result.skipped == (policy == "skip" and number == 3)
+        mine, its = session.state(), whole.state()
+        assert mine.tensor_steps == its.tensor_steps
+        for slot, named in its.slots.items():
+            for name, expected in named.items():
+                assert mine.slots[slot][name].tobytes() == expected.tobytes(), (slot, name)
+        assert session.pull(average=True)["table"].tobytes() == whole.pull(average=True)["table"].tobytes()
+
+
+def test_the_average_of_a_table_that_the_server_makes_begins_with_its_first_values(client: stepwire.Client) -> None:
+    table = {"table": stepwire.Table((5, 3), "global", uniform_bound=0.5, seed=3)}
+    with client.create_session(table, optimizer=stepwire.SGD(lr=1.0), parameter_average_decay=0.5) as session:
+        first: Any = session.pull()
+        assert session.pull(average=True)["table"].tobytes() == first["table"].tobytes()
+        session.step({"table": Rows([4], np.ones((1, 3), np.float32))})
+        assert session.pull(average=True)["table"][4].tolist() == pytest.approx((first["table"][4] - 0.5).tolist())
 
 
 def test_a_load_of_moments_without_the_numbers_of_rows_is_refused(client: stepwire.Client) -> None:

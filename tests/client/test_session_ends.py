@@ -200,6 +200,7 @@ def run(target: str, label: str, end: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, target, label], cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("end", ENDS)
 def test_a_program_that_ends_normally_ends_the_sessions_that_it_does_not_keep(
     target: str, there: Any, label: str, end: str

@@ -15,7 +15,10 @@ def test_embeddings_on_a_server_alone_learn_as_local_ones(run_quickly: Any) -> N
     local, remote = summary["curves"].values()
     assert list(summary["curves"]) == ["local torch", "stepwire"]
     assert remote == pytest.approx(local, abs=1e-4)
-    assert summary["facts"]["workers"] == 2
-    assert summary["facts"]["rows in the last batch"] < summary["facts"]["rows of the tables"] / 5
+    facts = summary["facts"]
+    assert facts["workers"] == 2
+    assert facts["MiB of the table of items"] == 10 * facts["MiB that a worker may allocate"] == 320
+    assert facts["AUC, stepwire"] == pytest.approx(facts["AUC, local"], abs=1e-4) == pytest.approx(0.7316, abs=2e-3)
+    assert "no worker can hold the table" in summary["checks"]
     assert set(summary["checks"].values()) == {True}
     assert (summary["plot"], summary["files"]) == (None, [])

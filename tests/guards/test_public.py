@@ -56,6 +56,7 @@ PUBLIC = [
     "Session",
     "SessionConfig",
     "SessionInfo",
+    "SessionMovedError",
     "SessionNotFoundError",
     "SessionNotReadyError",
     "SessionProgress",
@@ -73,6 +74,7 @@ PUBLIC = [
     "UnsupportedFeatureError",
     "__version__",
     "connect",
+    "move_session",
 ]
 
 

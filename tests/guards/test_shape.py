@@ -20,6 +20,7 @@ OPTIONS = {
     "client/stepwire/session.py": {"step", "step_async"},
     "client/stepwire/session_state.py": {"fork"},
     "client/stepwire/connecting.py": {"connect"},
+    "server/stepwire_server/cli/cluster.py": {"up"},
     "server/stepwire_server/cli/sessions.py": {"close_sessions"},
     "server/stepwire_server/cli/state.py": {"import_state"},
     "server/stepwire_server/cli/top.py": {"top"},

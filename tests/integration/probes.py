@@ -19,7 +19,7 @@ __all__ = ["chunks_staged", "half_applied", "steps_over", "stream_ends"]
 
 def stream_ends(registry: Registry) -> Happenings:
     """Tell of each attached stream that has ended, after the server has let go of all that it held."""
-    ends, stream = Happenings(), registry.stream
+    ends, stream = Happenings(), registry.streams.stream
 
     @contextlib.contextmanager
     def told(cancel: Callable[[], object]) -> Iterator[ClientStream]:
@@ -29,7 +29,7 @@ def stream_ends(registry: Registry) -> Happenings:
         finally:
             ends.note()
 
-    registry.stream = told  # type: ignore[method-assign]
+    registry.streams.stream = told  # type: ignore[method-assign]
     return ends
 
 

@@ -24,11 +24,11 @@ class ServerProcess:
         target: where clients connect.
     """
 
-    def __init__(self, *flags: str) -> None:
-        """Start, and wait until it listens."""
+    def __init__(self, *flags: str, errors: IO[str] | None = None) -> None:
+        """Start, and wait until it listens; `errors` gets its standard error."""
         command = [sys.executable, "-m", "stepwire_server", "serve", "--bind", "127.0.0.1:0", "--device", "cpu"]
         self._process = subprocess.Popen(
-            [*command, "--log-json", "--log-level", "info", *flags], stdout=subprocess.PIPE, text=True
+            [*command, "--log-json", "--log-level", "info", *flags], stdout=subprocess.PIPE, stderr=errors, text=True
         )
         self._events: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
         assert self._process.stdout is not None

@@ -122,7 +122,7 @@ def test_a_deadline_that_passes_as_its_step_ends_does_not_fail_the_next_step(ser
     """The watchdog cancels a stream whose answer has just come; the next step is not late, and attaches again."""
     session = SMALL.create(connect(server.target))
     session.step(SMALL.gradient(1))
-    watchdog = session._link.hold._stream._watchdog
+    watchdog = session._link.shards[0].hold._stream._watchdog
     watchdog.arm(0.0)
     watchdog._thread.join(_LATEST_SECONDS)
     assert watchdog.barked

@@ -141,6 +141,7 @@ def attached(client: RawClient, session: Held) -> RawStream:
     return stream
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("sent_in_time", [0, 1, 2])
 @pytest.mark.parametrize("steps_meanwhile", [1, 2, 5])
 def test_a_delayed_step_of_an_older_stream_is_refused(
@@ -282,6 +283,7 @@ def step_on_a_stream(raw: RawClient, session: Held) -> Way:
     return stream.token, lambda step: stream.step(step_message(step, gradient(1)))
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("way", [step_in_a_call, step_on_a_stream])
 @pytest.mark.parametrize(
     ("applied", "step", "reason"),

@@ -101,6 +101,7 @@ def train(client: stepwire.Client, model: Model, steps: range, **options: Any) -
         return session.state(), answers
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("order", "gradient_cache_bytes"), [("lazy", 1), ("greedy", 1 << 20), (("random", 3), 1)])
 def test_clients_that_step_at_once_get_what_each_would_get_alone(
     start: Any, connect: Opened, client: stepwire.Client, order: Any, gradient_cache_bytes: int
@@ -121,6 +122,39 @@ def test_clients_that_step_at_once_get_what_each_would_get_alone(
         state, answers = expected[model.name]
         assert same_bits(results[number][0], state)
         assert results[number][1] == answers
+    gpus.server.close()
+    assert gpus.cupy.used_bytes == gpus.idle_bytes
+
+
+TABLES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "ids": ({"t": stepwire.Table((12, 3), "skipped", 0.5, 7, hashed=True, max_age_steps=1)}, {}),
+    "global": (
+        {"t": stepwire.Table((9, 3), "global", 0.5, 7)},
+        {"accumulation_steps": 2, "parameter_average_decay": 0.5, "clip_grad_norm": 0.5},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TABLES)
+def test_tables_have_the_bits_of_the_processor(start: Any, connect: Opened, client: stepwire.Client, what: str) -> None:
+    """Rows by ids through evictions, and accumulated gradients with an average; rows come often, of all sizes."""
+    gpus, (tables, options), told = start(order=("random", 3)), TABLES[what], []
+    for each in (connect(gpus.server.target), client):
+        rng = np.random.default_rng(4)
+        with each.create_session(tables, optimizer=stepwire.Adam(lr=0.1), **options) as session:
+            replies = []
+            for step in range(6):
+                rows = rng.integers(0, 9, 8) + (step // 2 if what == "ids" else 0)
+                values = (rng.standard_normal((8, 3)) * 2.0 ** rng.integers(-30, 30, (8, 3))).astype(np.float32)
+                reply: Any = session.step({"t": stepwire.Rows(rows, values)})
+                replies.append((reply["t"].indices.tolist(), reply["t"].values.tolist()))
+            whole: Any = session.pull()
+            told.append(
+                (replies, whole["t"].values.tolist() if what == "ids" else whole["t"].tolist(), session.info().tables)
+            )
+            if what == "global":
+                told[-1] += (session.pull(average=True)["t"].tolist(),)  # type: ignore[call-overload]
+    assert told[0] == told[1]
     gpus.server.close()
     assert gpus.cupy.used_bytes == gpus.idle_bytes
 
@@ -263,3 +297,30 @@ def test_a_device_that_fails_for_good_is_told_and_the_server_is_not_healthy(star
             raw.call("DeleteSession", pb.DeleteSessionRequest(session_id=session_id))
     assert told == [True]
     assert [device.budget.reserved_bytes for device in gpus.server._pool] == [0]
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_a_session_moves_between_processors_and_gpus(
+    start: Any, server: Server, client: stepwire.Client, connect: Opened, precision: Any
+) -> None:
+    """The state is read from either engine, and comes into the other one, bit for bit."""
+    gpus = start()
+    shapes = {"a": (70, 64), "b": (5,), "c": (4096,)}
+
+    def drawn(step: int) -> dict[str, Any]:
+        chance = np.random.default_rng(step)
+        return {name: chance.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+
+    options: dict[str, Any] = {"optimizer": stepwire.Adam(lr=1e-2), "clip_grad_norm": 1.0}
+    options |= {"state_precision": precision, "accumulation_steps": 2}
+    places = [server.target, gpus.server.target]
+    with stepwire.connect(places, transport="tcp", timeout=30.0) as several:
+        with client.create_session(drawn(0), **options) as whole, several.create_session(drawn(0), **options) as cut:
+            for step in range(1, 8):
+                if step in (2, 4, 6):
+                    onto = {2: places[1:], 4: places[::-1], 6: places[:1]}[step]
+                    stepwire.move_session(cut.session_id, places, onto)
+                assert bits(cut.step(drawn(step))) == bits(whole.step(drawn(step)))
+            assert same_bits(cut.state(), whole.state())
+    gpus.server.close()
+    assert gpus.cupy.used_bytes == gpus.idle_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 from collections.abc import Callable
 
 import numpy as np
@@ -141,6 +142,14 @@ def test_a_request_id_is_free_again_when_its_session_has_ended(raw) -> None:
 # --- loads that their client gave up -----------------------------------------------------------------------
 
 
+@pytest.fixture
+def connect_through(proxy: Proxy, exits: contextlib.ExitStack) -> Callable[[], stepwire.Client]:
+    """Open real clients that give up while the network leads nowhere, and repeat their calls while it does."""
+    retry = stepwire.Retry(uniform=lambda low, high: 3600.0 if proxy.upstream is None else 0.001)
+    transport = "uds" if proxy.target.startswith("unix:") else "tcp"
+    return lambda: exits.enter_context(stepwire.connect(proxy.target, transport=transport, retry=retry))
+
+
 def test_a_load_after_one_that_failed_is_never_taken_for_it(
     server: Server, proxy: Proxy, connect: Callable[[str], stepwire.Client]
 ) -> None:
@@ -157,10 +166,10 @@ def test_a_load_after_one_that_failed_is_never_taken_for_it(
 
 
 def test_a_load_that_failed_and_arrives_after_a_step_changes_nothing(
-    server: Server, proxy: Proxy, connect: Opened, connect_once: Opened
+    server: Server, proxy: Proxy, connect: Opened, connect_through: Callable[[], stepwire.Client]
 ) -> None:
     """The client gave the load up and went on; whoever catches its error knows the parameters that are stepped."""
-    disturbed, calm = SMALL.create(connect_once(proxy.target)), SMALL.create(connect(server.target))
+    disturbed, calm = SMALL.create(connect_through()), SMALL.create(connect(server.target))
     for session in (disturbed, calm):
         session.step(SMALL.gradient(1))
     stranded = proxy.strand(messages=3)  # the opening, one chunk, the commit
@@ -176,10 +185,10 @@ def test_a_load_that_failed_and_arrives_after_a_step_changes_nothing(
 
 
 def test_a_load_after_a_step_that_failed_goes_on_from_where_the_session_is(
-    server: Server, proxy: Proxy, connect_once: Opened
+    server: Server, proxy: Proxy, connect_through: Callable[[], stepwire.Client]
 ) -> None:
     """The step was applied and its answer lost; instead of asking again, the client loads and goes on."""
-    session = SMALL.create(connect_once(proxy.target))
+    session = SMALL.create(connect_through())
     session.step(SMALL.gradient(1))
     stranded = proxy.strand(messages=1)
     proxy.upstream = None
@@ -195,10 +204,10 @@ def test_a_load_after_a_step_that_failed_goes_on_from_where_the_session_is(
 
 
 def test_a_step_that_was_given_up_and_arrives_after_a_load_changes_nothing(
-    server: Server, proxy: Proxy, connect: Opened, connect_once: Opened
+    server: Server, proxy: Proxy, connect: Opened, connect_through: Callable[[], stepwire.Client]
 ) -> None:
     """Neither are the loaded parameters stepped by it, nor is the next gradient taken for its repetition."""
-    disturbed, calm = SMALL.create(connect_once(proxy.target)), SMALL.create(connect(server.target))
+    disturbed, calm = SMALL.create(connect_through()), SMALL.create(connect(server.target))
     for session in (disturbed, calm):
         session.step(SMALL.gradient(1))
     stranded = proxy.strand(messages=1)

@@ -16,7 +16,7 @@ import pytest
 import stepwire
 from stepwire_server.devices.pool import DevicePool
 from stepwire_server.server import Server
-from tests.support.numpy_server import numpy_pool
+from tests.support.numpy_server import numpy_pool, numpy_server
 
 pytest.importorskip("prometheus_client", reason="prometheus-client is not installed: pip install 'stepwire[metrics]'")
 parser = pytest.importorskip("prometheus_client.parser")
@@ -138,6 +138,34 @@ def test_the_metrics_keep_prometheus_conventions(server: Server, client: stepwir
     done = subprocess.run([promtool, "check", "metrics"], input=text, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert "stepwire_checkpoint_seconds_count" in text
+
+
+def test_replication_is_told_by_both_servers(
+    tmp_path: pathlib.Path, until: Callable[[Callable[[], bool]], None]
+) -> None:
+    where: dict[str, Any] = {"metrics": "127.0.0.1:0", "directory": str(tmp_path), "shard": "a"}
+    with numpy_server(**where, standby="required") as primary:
+        with numpy_server(**where, standby_of=primary.target) as standby:
+            with stepwire.connect(f"directory:{tmp_path}", timeout=30.0) as client:
+                session = client.create_session(GRADIENT, durability="replicated")
+                for _ in range(3):
+                    session.step(GRADIENT)
+            samples = scrape(primary)
+            roles = [
+                value(samples, "stepwire_replication_role", role=role) for role in ("primary", "standby", "deposed")
+            ]
+            assert roles == [1, 0, 0]
+            assert [value(samples, f"stepwire_replication_{name}") for name in ("in_sync", "pending_steps")] == [1, 0]
+            assert value(samples, "stepwire_replication_acknowledged_steps_total") == 3
+            assert value(samples, "stepwire_replication_divergences_total") == 0
+            assert value(scrape(standby), "stepwire_replication_role", role="standby") == 1
+            until(lambda: value(scrape(standby), "stepwire_replication_pending_steps") == 0)
+            assert value(scrape(standby), "stepwire_replication_acknowledged_steps_total") == 3
+            standby.replication.promote()
+            samples = scrape(standby)
+            assert value(samples, "stepwire_replication_role", role="primary") == 1
+            assert value(samples, "stepwire_replication_promotions_total") == 1
+            until(lambda: value(scrape(primary), "stepwire_replication_role", role="deposed") == 1)
 
 
 def test_other_paths_are_not_there(server: Server) -> None:

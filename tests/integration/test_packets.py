@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -126,6 +127,28 @@ def test_another_client_fences_the_one_on_a_lane(servers: dict[bool, Server]) ->
             assert (refused.value.reason, taken.applied_step) == (Reason.FENCED, 2)
 
 
+@pytest.mark.parametrize(("kind", "most"), [("new", 66), ("out", 70), ("in place", 74)])
+def test_a_small_step_makes_few_calls_of_python(servers: dict[bool, Server], kind: str, most: int) -> None:
+    """The caller's thread makes all of it, and looks at each array in C alone."""
+    with opened(servers[True]) as client:
+        start = {f"w{index}": np.zeros((5, 5), np.float32) for index in range(10)}
+        with client.create_session(start) as session:
+            gradient, out = {name: array + 1 for name, array in start.items()}, None
+            if kind == "out":
+                out = {name: array.copy() for name, array in start.items()}
+            elif kind == "in place":
+                gradient, out = session.shared_gradients(), session.shared_parameters()  # type: ignore[assignment]
+            for _ in range(3):
+                session.step(gradient, out=out)
+            calls: list[str] = []
+            sys.setprofile(lambda frame, event, _: calls.append(frame.f_code.co_qualname) if event == "call" else None)
+            try:
+                session.step(gradient, out=out)
+            finally:
+                sys.setprofile(None)
+    assert len(calls) <= most, calls
+
+
 # --- cuts ----------------------------------------------------------------------------------------------------
 
 
@@ -134,20 +157,28 @@ class Cut:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.left = -1
-        send, receive = PacketLane.send, PacketLane._receive
+        begin, receive = PacketLane.__init__, PacketLane.receive
 
-        def cut_send(lane: PacketLane, messages: Any) -> None:
-            self._point(lane)
-            send(lane, messages)
-            self._point(lane)
+        def cut_begin(lane: PacketLane, *arguments: Any) -> None:
+            begin(lane, *arguments)
+            put = lane.put
 
-        def cut_receive(lane: PacketLane, deadline: Any) -> bytes:
-            reply = receive(lane, deadline)
+            def cut_put(message: Any, flags: int) -> int:
+                self._point(lane)
+                try:
+                    return put(message, flags)
+                finally:
+                    self._point(lane)
+
+            lane.put = cut_put  # type: ignore[assignment]
+
+        def cut_receive(lane: PacketLane, seconds: float) -> bytes | None:
+            reply = receive(lane, seconds)
             self._point(lane)
             return reply
 
-        monkeypatch.setattr(PacketLane, "send", cut_send)
-        monkeypatch.setattr(PacketLane, "_receive", cut_receive)
+        monkeypatch.setattr(PacketLane, "__init__", cut_begin)
+        monkeypatch.setattr(PacketLane, "receive", cut_receive)
 
     def _point(self, lane: PacketLane) -> None:
         self.left -= 1

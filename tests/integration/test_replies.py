@@ -168,7 +168,7 @@ def test_the_commit_of_one_session_keeps_no_thread_from_another(monkeypatch: pyt
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     monkeypatch.setattr(ServedSession, "commit", commit_late)
     ones = {"w": np.ones(100_000, np.float32)}
-    with numpy_server() as server, stepwire.connect(server.target, transport="tcp", timeout=10.0) as client:
+    with numpy_server() as server, stepwire.connect(server.target, transport="tcp", timeout=100.0) as client:
         slow, quick = (client.create_session(ones, label=label) for label in ("slow", "quick"))
         with ThreadPoolExecutor(1) as threads:
             step = threads.submit(slow.step, ones)

@@ -1,7 +1,8 @@
 """Random programs of rows on several workers and several servers, with lost replies, against a model in float64.
 
 A program has one worker or two, in rounds or one after another, and one server or three, over which tables of a few
-rows are cut. `EXAMPLES` in the environment is the number of programs, in the place of a few.
+rows are cut. Rows of one of its tables may be named by ids. `EXAMPLES` in the environment is the number of programs, in
+the place of a few.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import numpy as np
 import pytest
 
 import stepwire
-from stepwire import Rows
+from stepwire import Rows, Table
 from stepwire.sharding import partition
+from tests.client.test_row_id_programs import BOUND, FIRST, POOL, SEED
 from tests.client.test_rows import ADAM, ROWS, WIDTH, Reference
 from tests.integration.workers.together import together
 from tests.support.lost_replies import lost_replies
@@ -43,15 +45,17 @@ def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Program:
-    """A session with two tables and a dense tensor, its workers, and the model of it."""
+    """A session with two tables and a dense tensor, its workers, and the model of it.
+
+    With ids, table `a` is made by the servers, and there is no dense tensor: nothing is loaded.
+    """
 
     def __init__(self, seed: int, targets: list[str], stack: contextlib.ExitStack) -> None:
         self.chance, self.rng = random.Random(seed), np.random.default_rng(seed)
         self.meanings = {name: self.chance.choice(MEANINGS) for name in ("a", "b")}
         self.mode = self.chance.choice([None, "sync", "async"])
-        start = {name: self.values(ROWS) for name in self.meanings} | {"w": np.zeros(3, np.float32)}
-        self.model = {name: Reference("adam", self.meanings[name], start[name]) for name in self.meanings}
-        self.w = np.zeros(3)
+        start: dict[str, Any] = {name: self.values(ROWS) for name in self.meanings}
+        start["w"] = np.zeros(3, np.float32)
         chosen = self.chance.choice([targets[:1], targets])
         options: dict[str, Any] = {
             "optimizer": ADAM,
@@ -60,6 +64,16 @@ class Program:
             "missing_gradient": "keep",
             "non_finite": self.chance.choice(["reject", "allow"]),
         }
+        self.names = dict.fromkeys(self.meanings, np.arange(ROWS))
+        self.has_ids = self.chance.random() < 0.4 and (self.mode is None or chosen == targets[:1])
+        if self.has_ids:
+            self.names["a"], self.meanings["a"] = POOL, self.chance.choice(MEANINGS[:3])
+            start = {"a": Table((4 * ROWS, WIDTH), self.meanings["a"], BOUND, SEED, hashed=True)}
+            start["b"] = Table((ROWS, WIDTH), self.meanings["b"])
+            del options["groups"], options["tables"]
+        first = {"a": FIRST, "b": np.zeros((ROWS, WIDTH))} if self.has_ids else start
+        self.model = {name: Reference("adam", self.meanings[name], first[name]) for name in self.meanings}
+        self.w = np.zeros(3)
         if self.mode is not None:
             options["aggregation"] = stepwire.Aggregation(workers=2, mode=self.mode)
             options["request_id"] = uuid.uuid4().hex
@@ -72,20 +86,21 @@ class Program:
         return self.rng.standard_normal((rows, WIDTH)).astype(np.float32)
 
     def gradient(self) -> dict[str, Any]:
-        drawn: dict[str, Any] = {"w": self.chance.choice([None, np.ones(3, np.float32)])}
+        dense = {} if self.has_ids else {"w": self.chance.choice([None, np.ones(3, np.float32)])}
+        drawn: dict[str, Any] = dense
         for name in self.meanings:
             count = self.chance.choice([None, 0, 1, 3, 12])
             if count is not None:
-                drawn[name] = Rows(self.rng.integers(0, ROWS, count), self.values(count))
+                drawn[name] = Rows(self.names[name][self.rng.integers(0, ROWS, count)], self.values(count))
         return drawn if any(each is not None for each in drawn.values()) else self.gradient()
 
     def expect(self, gradients: list[dict[str, Any]]) -> None:
         """Step the model by the mean of gradients."""
-        self.w -= 0.5 * any(each["w"] is not None for each in gradients)
+        self.w -= 0.5 * any(each.get("w") is not None for each in gradients)
         for name, reference in self.model.items():
             parts = [each[name] for each in gradients if each.get(name) is not None]
             if parts:
-                rows = np.concatenate([part.indices for part in parts])
+                rows = self.rows_of(name, np.concatenate([part.indices for part in parts]))
                 values = np.concatenate([part.values for part in parts]).astype(np.float64) / len(gradients)
                 reference.step(rows, values)
 
@@ -116,7 +131,13 @@ class Program:
         for worker, reply in replies.items():
             for name in self.meanings:
                 if (own := gradients[worker].get(name)) is not None:
-                    self.close(reply[name].values, self.model[name].p[np.unique(own.indices)])
+                    came = self.rows_of(name, np.unique(own.indices))
+                    self.close(reply[name].values, self.model[name].p[came])
+
+    def rows_of(self, name: str, names: np.ndarray) -> np.ndarray:
+        """Return the rows of the model that indices or ids name."""
+        known = self.names[name].tolist()
+        return np.array([known.index(each) for each in names.tolist()], np.int64)
 
     def lose(self, worker: int, gradient: dict[str, Any], *, applied: bool) -> None:
         """Lose a step's reply for good: another step follows."""
@@ -132,13 +153,30 @@ class Program:
     def pull(self) -> None:
         session = self.chance.choice(self.sessions)
         rows = self.rng.integers(0, ROWS, 5)
-        pulled: Any = session.pull(rows={"b": rows, "a": rows[:2]})
+        pulled: Any = session.pull(rows={"b": rows, "a": self.names["a"][rows[:2]]})
         self.close(pulled["b"].values, self.model["b"].p[rows])
         self.close(pulled["a"].values, self.model["a"].p[rows[:2]])
-        whole: Any = session.pull()
+        if self.has_ids:  # whole tables have no names of rows
+            every: Any = session.pull(rows=self.names)
+            whole: Any = {name: rows.values for name, rows in every.items()}
+        else:
+            whole = session.pull()
+            self.close(whole["w"], self.w)
         for name, reference in self.model.items():
             self.close(whole[name], reference.p)
-        self.close(whole["w"], self.w)
+
+    def load(self) -> None:
+        """Load the parameters of some rows; moments and numbers stay. Other workers learn of it by a pull."""
+        rows = self.rng.permutation(ROWS)[:4]
+        loaded = {name: self.values(4) for name in self.meanings if self.chance.random() < 0.7}
+        named = {name: Rows(self.names[name][rows], values) for name, values in loaded.items()}
+        session = self.chance.choice(self.sessions)
+        session.pull(rows={"b": [0]})  # it may not know of the others' steps
+        session.load_rows(named)
+        for name, values in loaded.items():
+            self.model[name].p[rows] = values
+        for session in self.sessions:
+            session.pull(rows={"b": [0]})
 
     def cut(self) -> None:
         """Lose a stream between two steps."""
@@ -162,6 +200,8 @@ def test_a_program_ends_as_its_model(targets: list[str], seed: int) -> None:
     with contextlib.ExitStack() as stack:
         program = Program(seed, targets, stack)
         for _ in range(8):
-            program.chance.choice([program.step] * 5 + [program.pull, program.cut, program.another_client])()
+            program.chance.choice(
+                [program.step] * 5 + [program.pull, program.load, program.cut, program.another_client]
+            )()
         program.pull()
         program.sessions[0].close()

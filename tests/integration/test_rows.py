@@ -127,3 +127,38 @@ def test_a_journal_has_the_numbers_of_rows(tmp_path: pathlib.Path) -> None:
         again = client.session(session.own_id)
         again.attach(take_over=True)
         assert again.applied_step == 4 and plain(again.step(gradient(5))) == replies[5]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_a_row_may_be_wider_than_the_messages_of_a_server(dtype: Any) -> None:
+    """As wide as a row can be: such rows travel alone, in the messages of steps, replies and pulls."""
+    rows, values = np.array([4, 1, 1]), np.ones((3, 65_536), np.float32)
+    values[2] = np.linspace(-1, 1, 65_536)
+    replies = []
+    for most in (64 << 10, 4 << 20):
+        with numpy_server(max_chunk_bytes=most) as server, stepwire.connect(server.target) as client:
+            table = {"t": stepwire.Table((6, 65_536))}
+            with client.create_session(table, gradient_dtype=dtype, optimizer=stepwire.SGD(lr=1.0)) as session:
+                reply: Any = session.step({"t": Rows(rows, values)})
+                pulled: Any = session.pull(rows={"t": [1, 4]})
+                assert reply["t"].indices.tolist() == [1, 4]
+                assert pulled["t"].values.tobytes() == reply["t"].values.tobytes()
+                replies.append(reply["t"].values)
+    assert np.array_equal(replies[0], replies[1])
+    np.testing.assert_allclose(replies[0], np.stack([-values[1] - values[2], -values[0]]), atol=0.02)
+
+
+@pytest.mark.parametrize("transport", ["tcp", "uds", "auto"])
+def test_a_row_that_comes_a_million_times_has_the_exact_sum_over_every_transport(transport: Any) -> None:
+    """Numbers of all sizes, which cancel but for the small ones; those in memory of the host are refused by name."""
+    probe = np.tile(np.array([1e8, 1.0, -1e8, 1.0], np.float32), 250_000)[:, np.newaxis]
+    with numpy_server() as server, stepwire.connect(server.target) as client:
+        with client.create_session({"t": stepwire.Table((3, 1))}, optimizer=stepwire.SGD(lr=1.0)) as session:
+            session.attach(transport=transport)
+            reply: Any = session.step({"t": Rows(np.ones(len(probe), np.int64), probe)})
+            assert (reply["t"].indices.tolist(), reply["t"].values.tolist()) == ([1], [[-500_000.0]])
+            assert session.transport is not None
+            assert session.transport.name == ("tcp" if transport == "tcp" else "uds")
+            for memory in ("shm", "packets"):
+                with pytest.raises(stepwire.UnsupportedFeatureError, match="the session has tables"):
+                    session.attach(transport=memory)

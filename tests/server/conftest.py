@@ -20,6 +20,7 @@ from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.config import MIB, ServerConfig
 from stepwire_server.devices.pool import DevicePool
 from stepwire_server.server import Server
+from tests.support.lane_wire import LaneWire
 
 pytest.register_assert_rewrite("tests.server.model.runner")
 
@@ -284,9 +285,8 @@ def adam_config(*shapes: tuple[int, ...], **fields: Any) -> session_pb2.SessionC
     return session_pb2.SessionConfig(**defaults | fields)
 
 
-@pytest.fixture(scope="session")
-def server() -> Iterator[Server]:
-    config = ServerConfig(
+def server_config(**settings: Any) -> ServerConfig:
+    return ServerConfig(
         bind="127.0.0.1:0",
         device="cpu",
         threads=1,
@@ -294,8 +294,13 @@ def server() -> Iterator[Server]:
         memory_budget=BUDGET_BYTES,
         max_tensors=64,
         sweep_seconds=0.05,
+        **settings,
     )
-    with Server(config) as server:
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    with Server(server_config()) as server:
         yield server
 
 
@@ -318,6 +323,34 @@ def wire(server: Server) -> Iterator[Wire]:
 
 
 @pytest.fixture(scope="session")
+def lane_server() -> Iterator[Server]:
+    """A server that shares no memory: its lanes have packets alone, which reserve nothing."""
+    with Server(server_config(shared_memory=False)) as server:
+        yield server
+
+
+@pytest.fixture(params=["streams", "packets", "compiled"])
+def wire_of_each_kind(lane_server: Server, request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A channel whose streams are gRPC's own, or have packet lanes, whose next steps a loop has or has not.
+
+    The lanes were taken, or the test fails.
+    """
+    if request.param == "compiled":
+        pytest.importorskip("numba")
+    with Wire(lane_server.target) as wire, pytest.MonkeyPatch.context() as patched:
+        if request.param == "streams":
+            yield wire
+            return
+        compiled = request.param == "compiled"
+        for name in ("after_steps", "steps_alike"):
+            patched.setattr(lane_server.lanes, name, 1 if compiled else 1 << 30)
+        on_lanes = LaneWire(wire, lane_server if compiled else None)
+        yield on_lanes
+        assert on_lanes.lanes > 0 or "live" not in request.fixturenames  # which has stepped
+        assert not compiled or on_lanes.lanes - on_lanes.fresh == on_lanes.grants
+
+
+@pytest.fixture(scope="session")
 def connect() -> type[Wire]:
     """Open further channels: `connect(target, **channel_arguments)`."""
     return Wire
@@ -336,7 +369,9 @@ def make_live() -> type[Live]:
 @pytest.fixture
 def live(wire: Wire) -> Live:
     """A session of three tensors and two groups, with padding between them, one step old."""
-    config = adam_config((3, 4), (5,), groups=[optimizer_pb2.ParameterGroup(), optimizer_pb2.ParameterGroup()])
+    creating = getattr(wire, "creating", {})  # of a wire whose streams have compiled lanes
+    groups = [optimizer_pb2.ParameterGroup(), optimizer_pb2.ParameterGroup()]
+    config = adam_config((3, 4), (5,), groups=groups, **creating)
     config.tensors.add(name="last", shape=[7], group=1)
     session = Live(wire, wire.create(config))
     session.load(session.load_opening(1), session.load_chunk(commit=True))

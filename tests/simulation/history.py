@@ -111,7 +111,7 @@ def run(seed: int, shape: Shape, faults: Sequence[Fault]) -> Outcome:
         Broken: an invariant does not hold.
     """
     with simulated(seed) as (scheduler, folder):
-        history = _History(scheduler, shape, folder)
+        history = History(scheduler, shape, folder)
         history.live(faults)
         outcome = Outcome(scheduler.events, scheduler.now, scheduler.trace, history.refused)
         scheduler.end()
@@ -146,7 +146,7 @@ def simulated(seed: int) -> Iterator[tuple[Scheduler, pathlib.Path]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class _History:
+class History:
     def __init__(self, scheduler: Scheduler, shape: Shape, folder: pathlib.Path) -> None:
         self.scheduler, self.shape = scheduler, shape
         self.refused: dict[str, int] = {}

@@ -34,7 +34,8 @@ KINDS: Final = ("cut", "hold", "slow", "apart", "kill", "kill standby", "pause",
 cut, hold, slow: of the connections of one server, as clients see it. apart: the two cannot reach each other. kill: the
 primary ends, and its standby is promoted if it has all. kill standby: it ends, and another one comes. pause: the
 primary stands still, its standby is promoted, and it goes on. promote: its standby is promoted while it works.
-crossed: the same, while the two cannot reach each other.
+crossed: the same, while the two cannot reach each other. Where servers come in the vacant role, a primary that was
+killed or deposed is started again at once, and its standby promotes itself.
 """
 
 _TIMEOUT_SECONDS: Final = 5.0
@@ -51,11 +52,18 @@ class PairFault(NamedTuple):
 
 
 class PairShape(NamedTuple):
-    """The steps, whether a gradient has several messages, and whether the primary goes on alone."""
+    """The steps; whether a gradient has several messages, the primary goes on alone, and servers come as is vacant."""
 
     steps: int
     large: bool
     alone: bool
+    vacant: bool = False
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of a server, but whom it follows."""
+        mode = {"standby": "preferred" if self.alone else "required"}
+        return mode | ({"standby_of": "directory", "promote_after_seconds": 2} if self.vacant else {})
 
     @property
     def size(self) -> int:
@@ -66,7 +74,7 @@ class PairShape(NamedTuple):
 def pair_shape_of(seed: int) -> PairShape:
     """Return the shape of a seed's history."""
     chance = random.Random(f"pair {seed}")
-    return PairShape(chance.randint(3, 8), chance.random() < 0.3, chance.random() < 0.4)
+    return PairShape(chance.randint(3, 8), chance.random() < 0.3, chance.random() < 0.4, chance.random() < 0.4)
 
 
 def pair_faults_of(seed: int) -> list[PairFault]:
@@ -135,7 +143,7 @@ class _PairHistory:
 
     def live(self, faults: Sequence[PairFault]) -> None:
         """Start a primary and a standby, train, let the faults happen, and wait for the end of training."""
-        self._primary = self._start(standby="preferred" if self.shape.alone else "required")
+        self._primary = self._start(**self.shape.settings)
         self._follow()
         for fault in faults:
             self.scheduler.after(fault.at, lambda fault=fault: self._happen(fault))
@@ -155,22 +163,34 @@ class _PairHistory:
     # --- servers and those who look after them -----------------------------------------------------------
 
     def _start(self, **settings: Any) -> PairServer:
-        server = PairServer(self.scheduler, self._folder, len(self._servers), **settings)
+        server = PairServer(self.scheduler, self._folder, len(self._servers), self._ended, **settings)
         self._servers.append(server)
         server.start()
         return server
 
+    def _ended(self, server: PairServer) -> None:
+        """Start a process again that has ended by itself, as whoever runs servers in the vacant role does."""
+        assert self._standby is not None
+        if self._busy or not self.shape.vacant:  # an operator looks after the pair
+            return
+        if server is self._primary and self._standby.is_speaking:
+            self._primary = self._standby
+        elif server is not self._standby:
+            return
+        self._follow()
+
     def _follow(self) -> None:
         """Start a standby of the present primary; promoted it is as its primary was."""
         assert self._primary is not None
-        mode = "preferred" if self.shape.alone else "required"
-        self._standby = self._start(standby_of=self._primary.target, standby=mode)
+        self._standby = self._start(**{"standby_of": self._primary.target} | self.shape.settings)
 
     def _route(self, shard: int) -> PairServer | None:
         server = self._servers[shard]
         return server if server.is_open and not server.process.dead else None
 
     def _happen(self, fault: PairFault) -> None:
+        if self._standby is not None and self._standby.is_speaking and not self._busy:  # it came first
+            self._primary, self._standby = self._standby, self._primary
         primary, standby, chance = self._primary, self._standby, self.scheduler.chance
         assert primary is not None and standby is not None
         index = chance.choice((primary, standby)).index
@@ -190,6 +210,9 @@ class _PairHistory:
         elif self._has_all(standby):  # otherwise the primary has what no other server has, and nobody ends it
             if fault.kind == "kill":
                 self.scheduler.kill(primary.process)
+                if self.shape.vacant:
+                    self._look_after(lambda: self._succeed(standby))
+                    return
             elif fault.kind == "pause":
                 primary.process.paused = True
                 self.scheduler.after(fault.seconds, lambda: setattr(primary.process, "paused", False))
@@ -216,6 +239,16 @@ class _PairHistory:
         self.scheduler.kill(standby.process)
         self.scheduler.sleep(seconds)
         self._follow()
+
+    def _succeed(self, standby: PairServer) -> None:
+        """Start a killed primary again, whose claim names it still, and wait for its standby to promote itself."""
+        self._primary = standby
+        self._follow()
+        while not (standby.replication is not None and standby.replication.epoch):
+            if self.scheduler.now > _PATIENCE_SECONDS:
+                raise Broken("a standby that had all did not promote itself")
+            self.scheduler.sleep(0.1)
+        self.promotions += 1
 
     def _promote(self, primary: PairServer, standby: PairServer, *, dead: bool) -> None:
         """Promote a standby that had all; where its primary went on without it meanwhile, it stays one."""

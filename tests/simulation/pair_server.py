@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 from stepwire.errors import InvalidRequestError, Reason
@@ -47,12 +48,23 @@ class PairServer:
         index: its address is `PORT` and this.
         process: the process.
         is_open: it accepts connections.
+        is_over: it has no role any more, and wants another process in its place.
         registry: its sessions.
         replication: its role.
     """
 
-    def __init__(self, scheduler: Scheduler, directory: Any, index: int, **settings: Any) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        directory: Any,
+        index: int,
+        ended: Callable[[PairServer], object] = lambda server: None,
+        **settings: Any,
+    ) -> None:
+        """Be ready to start; `ended` is called once the process has ended by itself."""
         self.index, self.process = index, Process(f"server {index}")
+        self.is_over = False
+        self._ended = ended
         self.is_open = False
         self.registry: Registry | None = None
         self.replication: Replication | None = None
@@ -96,6 +108,9 @@ class PairServer:
         if heard is False and "OptimizerService" in method and (reason := error_from_call(status).reason) in _OF_STATE:
             raise AssertionError(f"{self.process.name} refused {method} with {reason}, and another server speaks")
 
+    def _over(self) -> None:
+        self.is_over = True
+
     def _main(self) -> None:
         clock = self._scheduler.clock
         config = ServerConfig(
@@ -116,7 +131,7 @@ class PairServer:
         )
         self._handlers = {
             "stepwire.v1.OptimizerService": service.handlers(),
-            "stepwire.v1.ReplicationService": ReplicationService(replication, access).handlers(),
+            "stepwire.v1.ReplicationService": ReplicationService(replication).handlers(),
         }
         self._guard, self._role = ErrorInterceptor(told=replication.told), RoleInterceptor(replication.admit)
         announced = ShardDirectory(self._directory)
@@ -125,11 +140,13 @@ class PairServer:
             announced.announce(SHARD, epoch, self.target)
 
         try:
-            replication.start(self.target, announce, lambda problem, lives: None)
+            replication.start(self.target, announce, lambda problem, lives: None, self._over)
         except InvalidRequestError:  # another server speaks: the process ends, as `serve` does
             return
         if replication.epoch:
             announce(replication.epoch)
         self.is_open = True
-        while True:
+        while not self.is_over:
             self._scheduler.sleep(1.0)
+        self._ended(self)
+        self._scheduler.kill(self.process)

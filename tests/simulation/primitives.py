@@ -21,6 +21,7 @@ import pytest
 
 import stepwire.connecting  # noqa: F401  # all modules are there before anything takes the places of theirs
 from stepwire.connection import errands, line, stream
+from stepwire.connection.own_threads import OwnThreads
 from stepwire.connection.watchdog import Watchdog
 from stepwire.lifetimes.endings import ENDINGS
 from tests.simulation.runtime import Scheduler, Task
@@ -336,7 +337,7 @@ def installed(scheduler: Scheduler) -> Iterator[None]:
                 for attribute, stand_in in replaced.items():
                     if isinstance(vars(module).get(attribute), types.ModuleType):
                         patched.setattr(module, attribute, stand_in)
-        patched.setattr(errands, "_threads", errands._OwnThreads())
+        patched.setattr(errands, "_threads", OwnThreads())
         patched.setattr(stream, "Watchdog", functools.partial(Watchdog, clock=scheduler.clock))
         with _ends_of_their_own(patched):
             try:

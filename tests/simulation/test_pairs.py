@@ -30,6 +30,12 @@ def test_the_same_seed_is_the_same_history_of_a_pair() -> None:
     assert first[1] == 1
 
 
+def test_a_killed_primary_comes_back_behind_the_standby_that_promoted_itself() -> None:
+    vacant = PairShape(steps=8, large=False, alone=False, vacant=True)
+    faults = [PairFault(0.5, "kill", 0.0), PairFault(4.0, "kill", 0.0)]
+    assert run_pair(5, vacant, faults)[1] == 2
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_a_pair_is_right_through_all_faults(seed: int) -> None:
     run_pair(seed, pair_shape_of(seed), pair_faults_of(seed))

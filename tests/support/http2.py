@@ -11,10 +11,11 @@ from typing import Final, Self
 __all__ = ["RawHttp2", "grpc_message"]
 
 _PREFACE: Final = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-_DATA, _HEADERS, _SETTINGS, _PING = 0, 1, 4, 6
+_DATA, _HEADERS, _SETTINGS, _PING, _WINDOW_UPDATE = 0, 1, 4, 6, 8
 _END_STREAM, _END_HEADERS, _ACK = 1, 4, 1
 _INITIAL_WINDOW: Final = 4
 _LARGEST_FRAME: Final = 16_384
+_FIRST_WINDOW: Final = 65_535
 
 
 def grpc_message(data: bytes) -> bytes:
@@ -56,6 +57,8 @@ class RawHttp2:
         settings = b"" if window is None else struct.pack(">HI", _INITIAL_WINDOW, window)
         self._socket.sendall(_PREFACE + _frame(_SETTINGS, 0, 0, settings))
         self._next, self._unread = 1, b""
+        self._stream_window = _FIRST_WINDOW
+        self._windows = {0: _FIRST_WINDOW}  # of the connection, and what streams have beyond or below theirs
 
     def open(self, path: str, message: bytes | None = None, *, end: bool = True, **metadata: str) -> int:
         """Open a call and return its stream; without a message, nothing but its headers is sent."""
@@ -80,6 +83,19 @@ class RawHttp2:
             last = end and begin + _LARGEST_FRAME >= len(data)
             self._socket.sendall(_frame(_DATA, _END_STREAM if last else 0, stream, part))
 
+    def push(self, stream: int, data: bytes) -> None:
+        """Send bytes of a call as the server's windows allow, reading what it sends meanwhile."""
+        while data:
+            own = self._stream_window + self._windows.setdefault(stream, 0)
+            room = min(own, self._windows[0], len(data), _LARGEST_FRAME)
+            if room <= 0:
+                self.read()
+                continue
+            self._socket.sendall(_frame(_DATA, 0, stream, data[:room]))
+            data = data[room:]
+            for each in (0, stream):
+                self._windows[each] -= room
+
     def read(self) -> tuple[int, int, bytes]:
         """Return the next frame's kind, stream and body; settings and pings are acknowledged.
 
@@ -89,6 +105,11 @@ class RawHttp2:
         header = self._exactly(9)
         kind, flags, stream = header[3], header[4], int.from_bytes(header[5:9], "big")
         body = self._exactly(int.from_bytes(header[:3], "big"))
+        if kind == _WINDOW_UPDATE:
+            self._windows[stream] = self._windows.get(stream, 0) + int.from_bytes(body, "big")
+        if kind == _SETTINGS and not flags & _ACK:
+            settings = dict(struct.iter_unpack(">HI", body))
+            self._stream_window = settings.get(_INITIAL_WINDOW, self._stream_window)
         if kind in (_SETTINGS, _PING) and not flags & _ACK:
             self._socket.sendall(_frame(kind, _ACK, 0, body if kind == _PING else b""))
         return kind, stream, body

@@ -19,6 +19,7 @@ import queue
 import signal
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any, ClassVar, Self
@@ -160,6 +161,15 @@ class _Bell(queue.SimpleQueue[bool]):
         return rung
 
 
+def _is_of_finaliser(frame: FrameType | None) -> bool:
+    """Tell whether the collector has brought a thread into a frame: perhaps with locks that a departure takes."""
+    while frame is not None:
+        if frame.f_code.co_filename == weakref.__file__:
+            return True
+        frame = frame.f_back
+    return False
+
+
 class Departure:
     """Has Ctrl-C arrive in the thread that waits, while its errand is at the nth line of stepwire's own code.
 
@@ -209,6 +219,8 @@ class Departure:
 
     def _trace(self, errand: Any, frame: FrameType, event: str, argument: Any) -> Any:
         if not frame.f_code.co_filename.startswith(_STEPWIRE) or frame.f_code.co_filename in _LOCKED:
+            return None
+        if event == "call" and _is_of_finaliser(frame):
             return None
         if event == "line":
             number = self.lines

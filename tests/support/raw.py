@@ -20,9 +20,10 @@ from stepwire.v1 import attach_pb2, optimizer_pb2, session_pb2, state_pb2, step_
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1.optimizer_service_pb2_grpc import OptimizerServiceStub
 from stepwire.wire.error_details import error_from_call
-from tests.integration.events import PATIENCE_SECONDS
 
 __all__ = ["RawClient", "RawStream", "Refused", "commit", "step_message"]
+
+PATIENCE_SECONDS = 300.0  # only bounds a test that would hang: a stream lives as long as its test
 
 Vector = npt.NDArray[np.float32]
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from stepwire.aio.base import ClientBase, SessionBase
 from stepwire.arrays.packing import Arrays
+from stepwire.arrays.rows import Rows
 from stepwire.arrays.trees import Tree
 from stepwire.client import RowSemantics, StatePrecision, Telemetry, Worker
 from stepwire.connecting import connect as connect_client
@@ -296,7 +297,8 @@ class AsyncSession(SessionBase):
     ) -> Tree:
         """Return the current parameters, nested as at creation; or some rows of tables, as a dict of `Rows`.
 
-        For a session that was found by its id that is a flat dict of names; see `Client.session`.
+        For a session that was found by its id that is a flat dict of names; see `Client.session`. A table whose rows
+        are named by ids comes as `Rows` of all rows that there are, by rising id.
 
         Args:
             average: their moving average instead, of a session created with `parameter_average_decay`.
@@ -313,6 +315,39 @@ class AsyncSession(SessionBase):
         return await self._worker.run(
             functools.partial(self.blocking.pull, average=average, rows=rows, dtype=dtype, timeout=timeout)
         )
+
+    async def row_ids(self, table: str, *, timeout: float | None = None) -> npt.NDArray[np.uint64]:
+        """Return the ids of the rows that a table has now, `(n,) uint64`, rising.
+
+        `pull(rows={table: ids[low:high]})` then has their values, some at a time, for a table that is larger than the
+        memory of the client. A row that is evicted meanwhile comes with its first values.
+
+        Args:
+            table: the name of the table.
+            timeout: seconds.
+
+        Raises:
+            InvalidRequestError: it is no table whose rows are named by ids.
+            StepwireError: as `pull`.
+        """
+        return await self._worker.run(functools.partial(self.blocking.row_ids, table, timeout=timeout))
+
+    async def load_rows(self, rows: Mapping[str, Rows], *, timeout: float | None = None) -> None:
+        """Replace the parameters of some rows of tables; all other rows, moments and step counts stay.
+
+        A new id gets a row, with first moments. So a table that is larger than the client is loaded some rows at a
+        time. Each call is a load, as that of `load`.
+
+        Args:
+            rows: the rows by the names of tables, each row once.
+            timeout: seconds.
+
+        Raises:
+            InvalidRequestError: a name is no table's, a row comes often, or the rows do not fit; nothing was changed.
+            ResourceExhaustedError: a table has no room for new ids; nothing was changed.
+            StepwireError: as `load`.
+        """
+        await self._worker.run(functools.partial(self.blocking.load_rows, rows, timeout=timeout))
 
     async def state(self, *, timeout: float | None = None) -> Snapshot:
         """Return everything: parameters, moments and step counts, all as of one step.
@@ -760,9 +795,12 @@ def connect(
 
     Args:
         target: `host:port`, or `unix:/path`; or several of them: then each session is sharded over all these servers,
-            which step it together. A model that is too small to be cut lies on the first ones. `directory:/path` names
-            a folder in which servers announce themselves (`stepwire serve --directory`): the targets are its shards,
-            and the client follows each of them wherever it moves. None: that of STEPWIRE_TARGET, else of the config
+            which step it together. A model that is too small to be cut lies on the first ones. Three kinds of target
+            stand for shards, which the client follows wherever they move: `directory:/path`, a folder in which servers
+            announce themselves (`stepwire serve --directory`); `dns:///name:port`, a name with several addresses, whose
+            servers tell their shards (`stepwire serve --shard`); and `ray://auto`, or `ray://host:10001`, a Ray cluster
+            (`stepwire cluster up`, extra `ray`). The names of shards give their order. `?shards=N` at the end waits
+            until there are so many, and `/SHARD` is one of them. None: that of STEPWIRE_TARGET, else of the config
             file, else `localhost:50051`.
         transport: the way of gradients and parameters: `"auto"`, the best that works (see `Session.transport`), or one
             alone: `"tcp"`, `"uds"` (a Unix socket), `"shm"` (memory shared on one host), `"packets"` (that memory, and
@@ -786,8 +824,9 @@ def connect(
     Raises:
         InvalidRequestError: the timeout or `channels` is not positive, `window_bytes` is negative, or there is no such
             target or transport, or the token would leave in plaintext, or the config file is wrong.
-        UnavailableError: the directory names no shard yet.
-        UnsupportedFeatureError: traces are asked for, and OpenTelemetry is not installed.
+        UnavailableError: the directory names no shard yet; or a name, or a Ray cluster, tells no shards within the
+            timeout.
+        UnsupportedFeatureError: traces are asked for, and OpenTelemetry is not installed; or Ray is not.
     """
     return AsyncClient(
         connect_client(

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwire.arrays.error_feedback import ErrorFeedback, PendingResidual
+from stepwire.arrays.ranges import MadeReply, Ranges
 from stepwire.arrays.reply_memory import ReplyMemory
 from stepwire.arrays.rows import check_dense
 from stepwire.errors import InvalidRequestError, Reason
@@ -108,7 +109,13 @@ class Packer:
         self.layout = layout
         self._indices = layout.tensor_indices()
         self._shapes = [(tensor.spec.name, tensor.spec.shape) for tensor in layout.tensors]
+        self._bounds = [slice(tensor.offset, tensor.end) for tensor in layout.tensors]
         self._reordered = bool(layout.names) and layout.names != tuple(self._indices)
+        # In the order of the tensors' creation; the range of a tensor of one dimension has its shape already.
+        bounds = dict(zip(self._indices, self._bounds, strict=True))
+        shapes = {name: None if len(shape) == 1 else shape for name, shape in self._shapes}
+        self._order = list(self.in_order(bounds))
+        self._views = [(name, bounds[name], shapes[name]) for name in self._order]
         # Every step has the same chunks.
         self._chunks: dict[tuple[int, int, bool], Sequence[ChunkLayout]] = {}
         self._ranges: dict[tuple[int, int], list[PackedRange]] = {}
@@ -176,21 +183,18 @@ class Packer:
             return self.ordered(arrays, field), frozenset()
         named_items = dict(arrays) if isinstance(arrays, Mapping) else {str(i): value for i, value in enumerate(arrays)}
         given = {name: array for name, array in named_items.items() if array is not None}
-        absent = [name for name in self._indices if name not in given and name in optional]
+        absent = frozenset(name for name in self._indices if name not in given and name in optional)
         if not absent:
             return self.ordered(arrays, field), frozenset()
-        named = named_arrays(given, field)
-        named |= {name: np.empty(self._shape(name), np.float32) for name in absent}
-        flat = [array.reshape(-1) for array in self._checked(named, field)]
-        missing = frozenset(self._indices[name] for name in absent)
-        return [array[:0] if index in missing else array for index, array in enumerate(flat)], missing
+        checked = self._checked(named_arrays(given, field), field, absent)
+        return [array.reshape(-1) for array in checked], frozenset(self._indices[name] for name in absent)
 
-    def _shape(self, name: str) -> tuple[int, ...]:
-        return self.layout.tensors[self._indices[name]].spec.shape
-
-    def _checked(self, named: dict[str, npt.NDArray[Any]], field: str) -> list[npt.NDArray[Any]]:
-        if named.keys() != self._indices.keys():
-            missing = [name for name in self._indices if name not in named][:5]
+    def _checked(
+        self, named: dict[str, npt.NDArray[Any]], field: str, absent: frozenset[str] = frozenset()
+    ) -> list[npt.NDArray[Any]]:
+        """Return the arrays in layout order, of no elements for those that are absent."""
+        if named.keys() | absent != self._indices.keys():
+            missing = [name for name in self._indices if name not in named and name not in absent][:5]
             unknown = [name for name in named if name not in self._indices][:5]
             raise InvalidRequestError.of(
                 field,
@@ -199,6 +203,9 @@ class Packer:
             )
         arrays = []
         for name, shape in self._shapes:
+            if name in absent:
+                arrays.append(np.empty(0, np.float32))
+                continue
             array = named[name]
             if array.shape != shape:
                 raise InvalidRequestError.of(
@@ -245,17 +252,27 @@ class Packer:
             last = packed.position + packed.end - packed.begin
             flat[packed.tensor][packed.begin : packed.end] = chunk[packed.position : last]
 
-    def empty(self, dtype: np.dtype[Any], *, as_list: bool) -> Container:
-        """Return new arrays for a reply, as views of one flat buffer: a list with `as_list`, else a dict."""
-        return self.allocate(dtype, as_list=as_list)[0]
+    def to_come(self, dtype: np.dtype[Any], names: Sequence[str] | None) -> Ranges:
+        """Return 1-D views, as `targets` does, of the arrays of a reply, which are made when they are first asked for.
 
-    def allocate(self, dtype: np.dtype[Any], *, as_list: bool) -> tuple[Container, list[npt.NDArray[Any]]]:
-        """Return new arrays as `empty` does, and 1-D views of them as `targets` does."""
-        named, flat = self.allocate_named(dtype)
-        return ([named[str(position)] for position in range(len(named))] if as_list else named), flat
+        Args:
+            dtype: the encoding of the reply.
+            names: the names in the order that the dict of a reply is to have; others than the tensors' have no say.
+                None for a list.
+        """
 
-    def allocate_dense(self, dtype: np.dtype[Any], *, as_list: bool) -> tuple[Container, list[npt.NDArray[Any]]]:
-        """Return new arrays as `allocate` does; None, and an empty view, for each table."""
+        def make() -> MadeReply:
+            whole, named = self._made(dtype)
+            if names is None:
+                return whole, [named[str(position)] for position in range(len(named))]
+            if names != self._order and named.keys() == set(names):
+                named = {name: named[name] for name in names}
+            return whole, named
+
+        return Ranges(make, self._bounds)
+
+    def allocate_dense(self, dtype: np.dtype[Any], *, as_list: bool) -> tuple[Container, Flat]:
+        """Return new arrays of a reply, and 1-D views of them; None, and an empty view, for each table."""
         named, flat = dict[str, Any](), list[npt.NDArray[Any]]()
         for tensor in self.layout.tensors:
             values = np.empty(0 if tensor.spec.table else tensor.count, dtype)
@@ -264,12 +281,17 @@ class Packer:
         named = self.in_order(named)
         return ([named[str(position)] for position in range(len(named))] if as_list else named), flat
 
-    def allocate_named(self, dtype: np.dtype[Any]) -> tuple[dict[str, npt.NDArray[Any]], list[npt.NDArray[Any]]]:
-        """Return new arrays as `allocate` does, by name."""
-        buffer = self._replies.empty(self.layout.size, dtype)
-        flat = [buffer[tensor.offset : tensor.end] for tensor in self.layout.tensors]
-        named = {name: view.reshape(shape) for (name, shape), view in zip(self._shapes, flat, strict=True)}
-        return self.in_order(named), flat
+    def allocate_named(self, dtype: np.dtype[Any]) -> tuple[dict[str, npt.NDArray[Any]], Ranges]:
+        """Return new arrays by name, as views of one flat array, and 1-D views of them as `targets` does."""
+        made = self._made(dtype)
+        return made[1], Ranges(lambda: made, self._bounds)
+
+    def _made(self, dtype: np.dtype[Any]) -> tuple[npt.NDArray[Any], dict[str, npt.NDArray[Any]]]:
+        whole = self._replies.empty(self.layout.size, dtype)
+        return whole, {
+            name: whole[bounds] if shape is None else whole[bounds].reshape(shape)
+            for name, bounds, shape in self._views
+        }
 
     def in_order(self, named: dict[str, Any]) -> dict[str, Any]:
         """Return values by name, one a tensor, in the order of the tensors' creation."""

@@ -1,9 +1,12 @@
-"""Small arrays that come back step after step: checked once, and recognised after that.
+"""Arrays that come back step after step, or others of their form: checked once, and recognised after that.
 
 To check the names, dtypes and shapes of ten arrays costs more than to copy them, where they are small. A training
-program mostly passes the same arrays again. Recognition is by identity, and by everything of an array that its owner
-can change in place: its shape, its strides, its dtype and, where it is written, its permission. No array is kept
-alive by it.
+program passes the same arrays again, or new ones that differ from them in their elements alone.
+
+Arrays of the form of others that were checked would pass the same checks. The form is everything that the checks look
+at: names, types, shapes, strides, dtypes and, where arrays are written, their permission. Small arrays are recognised
+by identity too, so that what else is known of them, such as where they lie, need not be found out again. No array is
+kept alive by it.
 """
 
 from __future__ import annotations
@@ -16,12 +19,19 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["RecognisedArrays"]
+__all__ = ["FITTING", "RecognisedArrays"]
 
 _MOST_BYTES: Final = 64 << 10
 _LEAST_BYTES: Final = 2
 """The bytes of an element at least."""
 
+_REPEATS: Final = 3
+"""The calls in a row whose arrays seem to be the same, before it costs less to know them by identity."""
+
+FITTING: Final = object()
+"""Stands for arrays that are recognised by their form, and not by identity."""
+
+_TYPES: Final = {np.ndarray}
 _form: Final = operator.attrgetter("shape", "strides", "dtype")
 _Flat = list[npt.NDArray[Any]]
 
@@ -29,8 +39,8 @@ _Flat = list[npt.NDArray[Any]]
 class RecognisedArrays:
     """The arrays of the last call in one place of it. The session serialises its calls.
 
-    Attributes:
-        version: the number of times that other arrays came than the last ones.
+    A handler of a signal may call the session in the middle, with other arrays. So what belongs together is stored and
+    read without a call in between, where no handler arrives.
     """
 
     def __init__(self, order: tuple[str, ...], elements: int, *, written: bool) -> None:
@@ -41,20 +51,44 @@ class RecognisedArrays:
             elements: the elements of all tensors; if they are many, no call looks for small arrays.
             written: the arrays are written, so they have to stay writable.
         """
-        self.version = 0
-        self._order = order
+        self._order = list(order)
         self._written = written
         self._is_small = elements * _LEAST_BYTES <= _MOST_BYTES
-        self._forget()
+        self._mark: object | None = None
+        self._names: list[str] = []
+        self._identities: list[int] = []
+        self._forms: list[tuple[Any, ...]] = []
+        self._dead: list[object] = []
+        self._alive: list[object] = []
+        self._repeats = 0
 
-    def knows(self, arrays: object) -> bool:
-        """Tell whether arrays are those of the last call, and would pass its checks again."""
-        if type(arrays) is not dict or not self._alive or self._dead or list(arrays) != self._names:
-            return False
-        values = arrays.values()
-        if list(map(id, values)) != self._identities or list(map(_form, values)) != self._forms:
-            return False
-        return not self._written or all(array.flags.writeable for array in values)
+    def knows(self, arrays: object) -> object | None:
+        """Return the mark of arrays that are those of the last call, and would pass its checks; None for others.
+
+        A mark stands for these very arrays, and whatever is known of them beyond the checks.
+        """
+        mark = self._mark
+        if mark is None or self._dead or type(arrays) is not dict:
+            return None
+        if list(map(id, arrays.values())) != self._identities or not self._fits(arrays):
+            return None
+        return mark if mark is self._mark else None
+
+    def recalls(self, arrays: object) -> object | None:
+        """Return the mark of arrays as `knows` does, `FITTING` for others that would pass the checks, None for others.
+
+        The caller uses `again` for those that are recognised.
+        """
+        if (mark := self.knows(arrays)) is not None:
+            return mark
+        if type(arrays) is not dict or not self._names or not self._fits(arrays):
+            return None
+        identities = list(map(id, arrays.values()))
+        repeats = self._repeats + 1 if identities == self._identities else 0
+        self._mark, self._identities, self._dead, self._alive, self._repeats = None, identities, [], [], repeats
+        if repeats >= _REPEATS:
+            self._know(arrays)
+        return FITTING
 
     def views(self, arrays: object, checked: Callable[[], _Flat]) -> _Flat:
         """Return 1-D views of arrays in layout order.
@@ -63,39 +97,38 @@ class RecognisedArrays:
             arrays: the user's arrays.
             checked: checks them, and returns their views; it raises if something is wrong.
         """
-        if self.knows(arrays):
+        if self.recalls(arrays) is not None:
             return self.again(arrays)
-        self.version += 1
-        self._forget()
+        self._mark, self._names, self._identities, self._dead, self._alive, self._repeats = None, [], [], [], [], 0
         flat = checked()
-        if self._is_small and type(arrays) is dict and len(arrays) == len(self._order) and _are_simple(arrays):
-            self._learn(arrays)
+        if type(arrays) is dict and len(arrays) == len(self._order) and all(map(_is_simple, arrays.values())):
+            names, forms = list(arrays), list(map(_form, arrays.values()))
+            self._names, self._forms = names, forms
+            self._know(arrays)
         return flat
 
     def again(self, arrays: Any) -> _Flat:
-        """Return 1-D views in layout order of arrays that are known."""
-        return [arrays[name].reshape(-1) for name in self._order]
+        """Return 1-D views in layout order of arrays that are recognised."""
+        values = arrays.values() if list(arrays) == self._order else map(arrays.__getitem__, self._order)
+        return list(map(np.ndarray.ravel, values))  # views: the arrays are contiguous
 
-    def _forget(self) -> None:
-        self._names: list[str] = []
-        self._identities: list[int] = []
-        self._forms: list[tuple[Any, ...]] = []
-        self._dead: list[object] = []
-        self._alive: list[object] = []
-
-    def _learn(self, arrays: dict[str, Any]) -> None:
-        self._names = list(arrays)
-        self._identities = list(map(id, arrays.values()))
-        self._forms = list(map(_form, arrays.values()))
-        # An identity is that of another array as soon as its array is gone, which the list of the dead tells.
-        self._alive = [weakref.ref(array, self._dead.append) for array in arrays.values()]
-
-
-def _are_simple(arrays: dict[str, Any]) -> bool:
-    """Tell whether the arrays are NumPy's own, contiguous, and few bytes: then their views cost little to make anew."""
-    nbytes = 0
-    for array in arrays.values():
-        if type(array) is not np.ndarray or not array.flags.c_contiguous:
+    def _fits(self, arrays: dict[str, Any]) -> bool:
+        """Tell whether arrays have the form of those that were checked."""
+        names, forms = self._names, self._forms
+        values = arrays.values()
+        if list(arrays) != names or set(map(type, values)) != _TYPES or list(map(_form, values)) != forms:
             return False
-        nbytes += array.nbytes
-    return nbytes <= _MOST_BYTES
+        return not self._written or all([array.flags.writeable for array in values])
+
+    def _know(self, arrays: dict[str, Any]) -> None:
+        """Know small arrays by identity: it is that of another array once its own is gone, which the dead tell."""
+        if not self._is_small or sum([array.nbytes for array in arrays.values()]) > _MOST_BYTES:
+            return
+        identities, dead = list(map(id, arrays.values())), list[object]()
+        mark, alive = object(), list[object](weakref.ref(array, dead.append) for array in arrays.values())
+        self._identities, self._dead, self._alive, self._mark = identities, dead, alive, mark
+
+
+def _is_simple(array: object) -> bool:
+    """Tell whether an array is NumPy's own and contiguous, so that a view of it costs little."""
+    return type(array) is np.ndarray and array.flags.c_contiguous

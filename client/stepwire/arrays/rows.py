@@ -16,6 +16,8 @@ from stepwire.wire.dtypes import INT8, is_wire_dtype, wire_bytes
 from stepwire.wire.int8_blocks import encode_blocks
 
 __all__ = [
+    "IdTarget",
+    "PulledRows",
     "RowGradient",
     "RowPart",
     "RowReader",
@@ -94,12 +96,37 @@ class RowTarget(NamedTuple):
     Attributes:
         tensor: the index of the table in layout order.
         indices: the rows in the order in which they come, `(n,) uint64`.
-        values: the place of the rows, `(n, width)`.
+        values: the place of the rows, `(n, width)`; of more rows where `places` is given.
+        places: the place of each row among `values`, `(n,) int64`; None for their order.
     """
 
     tensor: int
     indices: Indices
     values: npt.NDArray[Any]
+    places: npt.NDArray[np.int64] | None = None
+
+
+class IdTarget(NamedTuple):
+    """The place of the ids of a table's rows.
+
+    Attributes:
+        tensor: the index of the table in layout order.
+        found: the ids of each part of the table, `(n,) uint64`, rising.
+        part: the part that comes; each has its own key.
+    """
+
+    tensor: int
+    found: dict[int, list[Indices]]
+    part: int = 0
+
+    def ids(self) -> Indices:
+        """Return the ids of all parts, rising."""
+        parts = [np.empty(0, np.uint64), *(each for part in self.found.values() for each in part)]
+        return np.sort(np.concatenate(parts))
+
+
+PulledRows: TypeAlias = Sequence[RowTarget | IdTarget]
+"""The places of a pull: of rows, or of ids."""
 
 
 class RowPart(NamedTuple):
@@ -152,7 +179,9 @@ class RowReader:
         high = low + len(chunk.rows)
         if target is None or not np.array_equal(target.indices[low:high], np.array(chunk.rows, np.uint64)):
             raise InvalidRequestError.of("chunk.rows", "the server sent rows that were not asked for", reason=_FRAME)
-        target.values[low:high] = values.reshape(high - low, -1)
+        target.values[slice(low, high) if target.places is None else target.places[low:high]] = values.reshape(
+            high - low, -1
+        )
         self._done[chunk.offset] = high
         return target.tensor if high == len(target.indices) else None
 

@@ -26,7 +26,10 @@ __all__ = ["Calls"]
 _T = TypeVar("_T")
 # Three years, and infinity too: neither gRPC nor the waits of Python's threads take much more.
 _LONGEST_SECONDS: Final = 1e8
-_OF_MOVES: Final = (Reason.UNREACHABLE, Reason.SHUTTING_DOWN, Reason.NOT_PRIMARY, Reason.NO_STANDBY)
+_OF_MOVES: Final = frozenset(
+    {Reason.UNREACHABLE, Reason.SHUTTING_DOWN, Reason.NOT_PRIMARY, Reason.NO_STANDBY, Reason.STALE_EPOCH}
+)
+_LOOK_SECONDS: Final = 5.0
 _SERVICE: Final = "/stepwire.v1.OptimizerService/"
 _OPTIONS: Final = [
     *BULK_OPTIONS,
@@ -37,11 +40,16 @@ _OPTIONS: Final = [
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 2000),
-    # Load balancers cut connections that are idle for about four minutes.
-    ("grpc.keepalive_time_ms", 60_000),
-    ("grpc.keepalive_timeout_ms", 20_000),
     # Two clients of one process are two connections.
     ("grpc.use_local_subchannel_pool", 1),
+]
+# Load balancers cut connections that are idle for about four minutes.
+_KEEPALIVE: Final = [("grpc.keepalive_time_ms", 60_000), ("grpc.keepalive_timeout_ms", 20_000)]
+# A machine that has vanished says nothing, and the shard may be served by another one already.
+_KEEPALIVE_OF_MOVING: Final = [
+    ("grpc.keepalive_time_ms", 12_000),
+    ("grpc.keepalive_timeout_ms", 8_000),
+    ("grpc.http2.ping_timeout_ms", 8_000),  # a minute by default, whatever the keepalive's is
 ]
 
 
@@ -63,7 +71,7 @@ class Calls:
         timeout_seconds: float,
         retry: Retry,
         security: Security = PLAIN,
-        locate: Callable[[], str] | None = None,
+        locate: Callable[[float], str] | None = None,
     ) -> None:
         """Open the channel; it connects with the first call.
 
@@ -72,7 +80,8 @@ class Calls:
             timeout_seconds: the default deadline of a call.
             retry: the repetition of calls.
             security: the protection of the connection.
-            locate: returns the present address of a server that moves; None for one that stays at its target.
+            locate: returns the present address of a server that moves, within some seconds; None for one that stays at
+                its target.
 
         Raises:
             InvalidRequestError: the timeout is not positive, the target is no address of a server, or a token would
@@ -85,7 +94,7 @@ class Calls:
         self.security = security
         self.metadata = security.metadata
         self._locate = locate
-        self._known = target if locate is None else locate()
+        self._known = target if locate is None else locate(self.timeout_seconds)
         self._address = self._known  # of the channel, where another one may be known by now
         self._line = Line(self._opened)
 
@@ -106,30 +115,39 @@ class Calls:
         direct = [("grpc.enable_http_proxy", 0)] if is_on_this_host(where) else []
         address = grpc_target(where)
         self.security.check(where)
-        return self.security.channel(where, address, [*_OPTIONS, *direct])
+        keepalive = _KEEPALIVE if self._locate is None else _KEEPALIVE_OF_MOVING
+        return self.security.channel(where, address, [*_OPTIONS, *keepalive, *direct])
 
-    def followed(self, error: StepwireError) -> StepwireError:
+    def followed(self, error: StepwireError, deadline: Deadline) -> StepwireError:
         """Go where the server is now, after an error that may mean that it has moved.
+
+        Args:
+            error: the error of a call.
+            deadline: that of the call; the look ends with it.
 
         Returns:
             The error to raise. A server that was overtaken is not reached any more, so that its call is repeated; one
-            that stays at its target is the caller's to choose.
+            that stays at its target is the caller's to choose. A session that is in another epoch at the same address
+            has come back there.
         """
         if self._locate is None or error.reason not in _OF_MOVES:
             return error
         with contextlib.suppress(UnavailableError):
-            self._known = self._locate()
+            self._known = self._locate(min(deadline.remaining(), _LOOK_SECONDS))
             if self._known != self._address:
                 self._line.rest()
-        if error.reason is not Reason.NOT_PRIMARY:
+        is_old = error.reason is Reason.NOT_PRIMARY
+        if not is_old and not (error.reason is Reason.STALE_EPOCH and self._known != self._address):
             return error
         return UnavailableError(f"{error}; the newer one is looked for", reason=Reason.UNREACHABLE)
 
+    def seconds(self, timeout_seconds: float | None) -> float:
+        """Return the seconds of a deadline; None means the client's default."""
+        return self.timeout_seconds if timeout_seconds is None else checked_timeout(timeout_seconds)
+
     def deadline(self, timeout_seconds: float | None) -> Deadline:
         """Start a deadline; None means the client's default."""
-        return self.retry.deadline(
-            self.timeout_seconds if timeout_seconds is None else checked_timeout(timeout_seconds)
-        )
+        return self.retry.deadline(self.seconds(timeout_seconds))
 
     def once(self, method: str, request: Any, response: Any, seconds: float) -> Any:
         """Call a unary method once, and again only if a fork cut the call; return its decoded response.
@@ -150,8 +168,14 @@ class Calls:
                 if count == forks.count:
                     raise
 
-    def unary(self, method: str, request: Any, response: Any, timeout_seconds: float | None = None) -> Any:
+    def unary(self, method: str, request: Any, response: Any, timeout: float | Deadline | None = None) -> Any:
         """Call a unary method, again if need be, and return its decoded response.
+
+        Args:
+            method: the name of the method.
+            request: the request.
+            response: the class of the response.
+            timeout: seconds; or a deadline of more than this call, whose end ends the call; None for the default.
 
         Raises:
             StepwireError: the server's refusal, or no connection within the deadline.
@@ -164,7 +188,7 @@ class Calls:
             )
             return _result(call.future(data, timeout=deadline.remaining(), metadata=self.metadata), deadline)
 
-        return self._repeat(attempt, timeout_seconds)
+        return self._repeat(attempt, timeout if isinstance(timeout, Deadline) else self.deadline(timeout))
 
     def download(self, method: str, request: Any, read: Callable[[Iterator[bytes]], _T], deadline: Deadline) -> _T:
         """Call a server-streaming method once and hand its messages, undecoded, to `read`."""
@@ -197,15 +221,15 @@ class Calls:
         """Close the channel. Closing twice is harmless."""
         self._line.close()
 
-    def _repeat(self, attempt: Callable[[Deadline], _T], timeout_seconds: float | None) -> _T:
+    def _repeat(self, attempt: Callable[[Deadline], _T], deadline: Deadline) -> _T:
         def translated(deadline: Deadline) -> _T:
             try:
                 with self.translated():
                     return attempt(deadline)
             except StepwireError as error:
-                raise self.followed(error) from None
+                raise self.followed(error, deadline) from None
 
-        return self.retry.call(translated, self.deadline(timeout_seconds))
+        return self.retry.call(translated, deadline)
 
     def _refused_handshake(self) -> str | None:
         return refused_handshake(self._address, self.security.tls)

@@ -15,7 +15,6 @@ The cost is two switches of threads a call. A thread for gRPC's reads alone woul
 
 from __future__ import annotations
 
-import _thread
 import contextvars
 import functools
 import logging
@@ -25,18 +24,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from types import FunctionType
-from typing import Any, Final, Generic, ParamSpec, TypeAlias, TypeVar, cast
+from typing import Any, Final, Generic, ParamSpec, Protocol, TypeVar, cast
 
+from stepwire.connection.own_threads import OwnThreads, Ring
 from stepwire.lifetimes.endings import ENDINGS
 
 __all__ = [
     "Errand",
+    "GivesWay",
+    "PreparedErrand",
     "adopt_thread",
     "as_a_whole",
     "by_errand",
     "by_errands",
     "each_by_errand",
     "ends_with",
+    "in_thread",
     "is_left",
     "later",
     "run",
@@ -46,10 +49,8 @@ __all__ = [
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-_Ring: TypeAlias = Callable[[], object]
 _log = logging.getLogger("stepwire")
 _END: Final = object()
-_MOST_IDLE: Final = 8
 _PATIENCE_SECONDS: Final = 5.0
 """The longest time that an interrupted caller waits until its errand has let go of the caller's arrays."""
 
@@ -79,7 +80,7 @@ class Errand(Generic[_T]):
         self.hooks: list[Callable[[], object]] = []
         self.is_left = self.is_settled = self._begun = self._over = False
 
-    def __call__(self) -> _Ring | None:
+    def __call__(self) -> Ring | None:
         """Make the call, unless the caller has left; return the ring of the bell."""
         with self._lock:
             if self.is_left:
@@ -105,7 +106,7 @@ class Errand(Generic[_T]):
         finally:
             present.errand = None
 
-    def leave(self) -> _Ring | None:
+    def leave(self) -> Ring | None:
         """End the call as at its deadline: its caller waits for it no longer. Return the ring of the bell, if over."""
         with self._lock:
             self.is_left = True
@@ -130,20 +131,65 @@ class Errand(Generic[_T]):
         """Call a function if the outcome reaches nobody."""
         self.hooks.append(hook)
 
-    def outlived(self) -> BaseException | None:
-        """Wait in the caller's thread until the errand is left; return a second interrupt, if one came meanwhile."""
+    def outlived(self, *, left: bool = True) -> BaseException | None:
+        """Wait in the caller's thread for the end of the errand; return an interrupt that came meanwhile.
+
+        Args:
+            left: the caller has left the errand, and waits until it is settled.
+        """
         second, until = None, time.monotonic() + _PATIENCE_SECONDS
         while (seconds := until - time.monotonic()) > 0:
             try:
-                if self.bell.get(timeout=seconds):
+                if self.bell.get(timeout=seconds) or not left:
                     break
             except queue.Empty:
                 break
             except BaseException as interrupt:
                 second = interrupt
-                if self.is_settled:  # it may have come with the ring, which rings once
+                if self.is_settled or self._over and not left:  # it may have come with the ring, which rings once
                     break
         return second
+
+
+class PreparedErrand:
+    """An errand for the moment of an interrupt: put in one instruction, before anything else can arrive.
+
+    Attributes:
+        put: puts the errand; it is C in one piece.
+    """
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        """Be ready to make a call, once."""
+        self._errand = Errand(call)
+        self.put = functools.partial(_threads.inbox.put, self._errand)
+
+    def wait(self) -> None:
+        """Wait until the call is made, but not for long.
+
+        Raises:
+            BaseException: an interrupt that came meanwhile.
+        """
+        _threads.start()
+        if (second := self._errand.outlived(left=False)) is not None:
+            raise second from None
+
+
+class GivesWay(Protocol):
+    """A call that this thread makes without an errand, with a lock that errands need."""
+
+    def give_way(self) -> bool:
+        """Release the lock, if the call has it, and tell whether it had."""
+        ...
+
+    def go_on(self) -> None:
+        """Acquire the lock again."""
+        ...
+
+
+class _InThread(threading.local):
+    """The call that this thread makes without an errand; None without one."""
+
+    direct: GivesWay | None = None
 
 
 class _Present:
@@ -157,77 +203,8 @@ _current: contextvars.ContextVar[_Present | None] = contextvars.ContextVar("step
 _whole: contextvars.ContextVar[list[Callable[[], object]] | None] = contextvars.ContextVar("whole", default=None)
 
 
-class _OwnThreads:
-    """The threads that make errands. One of them is always idle, and few are, whatever the number of callers."""
-
-    def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """Begin anew, in a forked process that has none of the threads."""
-        self.inbox: queue.SimpleQueue[Callable[[], _Ring | None]] = queue.SimpleQueue()
-        self._own = threading.local()
-        self._lock = threading.Lock()
-        self._idle = self._count = 0
-
-    @property
-    def is_one_of_them(self) -> bool:
-        return getattr(self._own, "is_adopted", False)
-
-    def adopt(self) -> None:
-        """Have this thread make its errands itself: no exception of other threads arrives in it."""
-        self._own.is_adopted = True
-
-    def start(self) -> None:
-        """Have a thread, if there is none. Starting a `threading.Thread` takes locks, so another thread does it."""
-        if self._count:
-            return
-        try:
-            _thread.start_new_thread(self._begin, ())
-        except RuntimeError:  # there are no more threads to be had
-            while not self.inbox.empty():
-                if (ring := self.inbox.get()()) is not None:
-                    ring()
-
-    def _begin(self) -> None:
-        if not self._hire():
-            self._work()
-
-    def _hire(self) -> bool:
-        with self._lock:
-            self._count += 1
-            self._idle += 1
-        try:
-            threading.Thread(target=self._work, name="stepwire-errands", daemon=True).start()
-        except RuntimeError:
-            with self._lock:
-                self._count -= 1
-                self._idle -= 1
-            return False
-        return True
-
-    def _work(self) -> None:
-        self.adopt()
-        while True:
-            errand = self.inbox.get()
-            with self._lock:
-                self._idle -= 1
-                is_last = self._idle <= 0
-            if is_last:  # an errand may wait for the next one, which ends it
-                self._hire()
-            ring = errand()
-            del errand  # its caller may wait for the end of what it holds
-            with self._lock:  # before the ring: the caller wakes, and finds the interpreter free
-                retires = self._idle >= _MOST_IDLE
-                self._count, self._idle = self._count - retires, self._idle + (not retires)
-            if ring is not None:
-                ring()
-            if retires:
-                return
-            del ring
-
-
-_threads = _OwnThreads()
+_threads = OwnThreads()
+in_thread = _InThread()
 os.register_at_fork(after_in_child=_threads.forget)
 
 
@@ -236,6 +213,8 @@ def run(call: Callable[[], _T], *, lasting: bool = False) -> _T:
 
     Between the bell and the caller's next instruction are returns alone, and no exception arrives at a return.
 
+    A handler of a signal may call this in the middle of a direct step of its thread, which gives way meanwhile.
+
     Args:
         call: the call.
         lasting: let the call go on to its end if the caller is interrupted.
@@ -243,6 +222,17 @@ def run(call: Callable[[], _T], *, lasting: bool = False) -> _T:
     Raises:
         BaseException: the error of the call, or an interrupt of this thread.
     """
+    if (direct := in_thread.direct) is None:
+        return _run(call, lasting=lasting)
+    gave_way = direct.give_way()
+    try:
+        return _run(call, lasting=lasting)
+    finally:
+        if gave_way:
+            direct.go_on()
+
+
+def _run(call: Callable[[], _T], *, lasting: bool) -> _T:
     is_own = _threads.is_one_of_them
     if is_own and _present() is not None:
         return call()
@@ -350,7 +340,7 @@ def together(call: Callable[[int], object], count: int) -> None:
         bell.get()
 
 
-def _made(call: Callable[[], object], ring: Callable[[None], object]) -> _Ring:
+def _made(call: Callable[[], object], ring: Callable[[None], object]) -> Ring:
     call()
     return functools.partial(ring, None)
 
@@ -377,10 +367,12 @@ def is_left() -> bool:
     return (errand := _present()) is not None and errand.is_left
 
 
-def undelivered(hook: Callable[[], object]) -> None:
-    """Have the present errand, if there is one, call a function if its outcome reaches nobody."""
+def undelivered(hook: Callable[_P, object], *args: _P.args, **kwargs: _P.kwargs) -> None:
+    """Have the present errand, or the calls that are one as a whole, call a function if the outcome reaches nobody."""
     if (errand := _present()) is not None:
-        errand.undelivered(hook)
+        errand.undelivered(functools.partial(hook, *args, **kwargs))
+    elif (hooks := _whole.get()) is not None:
+        hooks.append(functools.partial(hook, *args, **kwargs))
 
 
 def _present() -> Errand[Any] | None:

@@ -51,13 +51,20 @@ def refused_handshake(target: str, tls: TLS | None) -> str | None:
 def _first_byte(host: str, port: int, tls: TLS | None) -> bytes | None:
     """Return the first byte of a server after a handshake, empty where it closes then; None without a handshake."""
     try:
-        with (
-            contextlib.closing(socket.create_connection((host, port), _SECONDS)) as connection,
-            contextlib.closing(_context(tls).wrap_socket(connection, server_hostname=host)) as secured,
-        ):
-            return secured.recv(1) if tls is not None else b""
-    except (OSError, ValueError):  # among them the errors of TLS, and names that no certificate has
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
         return None
+    for family, *_, address in addresses:
+        # Wrapped before it is connected: ssl leaves a socket open that it is given connected and finds reset.
+        with contextlib.suppress(OSError, ValueError):  # among them the errors of TLS, names that no certificate has
+            with (
+                contextlib.closing(socket.socket(family)) as connection,
+                contextlib.closing(_context(tls).wrap_socket(connection, server_hostname=host)) as secured,
+            ):
+                secured.settimeout(_SECONDS)
+                secured.connect(address)
+                return secured.recv(1) if tls is not None else b""
+    return None
 
 
 def _context(tls: TLS | None) -> ssl.SSLContext:

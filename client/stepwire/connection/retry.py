@@ -42,6 +42,10 @@ class Deadline:
         """Return the seconds left, never below 0."""
         return 0.0 if self.ended else max(self._end - self._clock(), 0.0)
 
+    def spend(self, seconds: float) -> None:
+        """Let the time have started so many seconds earlier."""
+        self._end -= seconds
+
     def end(self) -> None:
         """Let the time be over now, and cancel everything that goes on within it."""
         with self._lock:
@@ -70,6 +74,14 @@ class Deadline:
         """Have `end` not call `cancel` any more."""
         with self._lock:
             self._cancels.remove(cancel)
+
+    @contextlib.contextmanager
+    def part(self) -> Iterator[Deadline]:
+        """Return a deadline of the same moment for a block, which may be ended without this one."""
+        part = Deadline(self.timeout_seconds, self._clock)
+        part._end = self._end
+        with self.within(part.end):
+            yield part
 
     def pause(self, seconds: float) -> None:
         """Sleep, until `end` at the longest."""

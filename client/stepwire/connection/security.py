@@ -46,10 +46,12 @@ class Security(NamedTuple):
     Attributes:
         tls: the files of TLS; None for plaintext.
         token: the token; empty for none.
+        server_name: the name in the server's certificate; empty for the host of the address.
     """
 
     tls: TLS | None = None
     token: str = ""
+    server_name: str = ""
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -69,7 +71,8 @@ class Security(NamedTuple):
         credentials = grpc.ssl_channel_credentials(
             *(_bytes(each) for each in (self.tls.ca, self.tls.key, self.tls.cert))
         )
-        return grpc.secure_channel(address, credentials, options=options)
+        named = [("grpc.ssl_target_name_override", self.server_name)] if self.server_name else []
+        return grpc.secure_channel(address, credentials, options=[*options, *named])
 
     def check(self, target: str) -> None:
         """Refuse what would show a token to others, or cannot be opened.

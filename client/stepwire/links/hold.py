@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Final
 
 from stepwire.connection.retry import Deadline
 from stepwire.connection.stream import AttachedStream, Carrier
-from stepwire.errors import FencedError, Reason, StateLossError, StepMismatchError, StepwireError
+from stepwire.errors import FencedError, Reason, StateLossError, StepMismatchError
+from stepwire.links.replies import replies
 from stepwire.steps.call import StepCall, fits_in_packets
 from stepwire.steps.description import SessionDescription
 from stepwire.steps.doubt import unfinished
@@ -20,22 +21,9 @@ from stepwire.transports.shared import SharedArrays
 from stepwire.v1 import attach_pb2, step_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.wire.dtypes import wire_bytes
-from stepwire.wire.frames import Frame
 from stepwire.wire.packets import REQUEST_BYTES
 
 __all__ = ["Hold"]
-
-_REFUSALS: Final = frozenset(
-    {
-        Reason.FENCED,
-        Reason.STALE_EPOCH,
-        Reason.STREAM_DISPLACED,
-        Reason.NON_FINITE_GRADIENT,
-        Reason.INVALID_TENSOR,
-        Reason.INVALID_CONFIG,
-    }
-)
-"""The reasons that come from a server alone, and mean that it applied nothing of the step."""
 
 _WAITS_FROM_BYTES: Final = 1 << 20
 """A gradient of more bytes waits on the client while those of other workers are received: HTTP/2 has no room for it."""
@@ -120,6 +108,14 @@ class Hold:
     def attached(self) -> bool:
         """Tell whether there is a stream; a broken one shows itself at its next use alone."""
         return self._stream is not None
+
+    @property
+    def free_lane(self) -> PacketLane | None:
+        """The packet lane, if the next step needs nothing else: no stream, and no look at numbers in doubt."""
+        if self._stream is None or self._stream.is_cut or self.in_doubt or self.load_in_doubt or self._is_aggregated:
+            return None
+        is_next = self.applied_step == self.step_on_server and self.applied_load == self._load_on_server
+        return self.lane if is_next and not self.unfinished_step else None
 
     @property
     def has_lost(self) -> bool:
@@ -292,12 +288,16 @@ class Hold:
             if call.patched is not None:  # a part of the reply may have changed the patched parameters
                 call.begin.reply.ClearField("base")
             raise
+        self.stepped(result)
+        return result
+
+    def stepped(self, result: step_pb2.StepResult) -> None:
+        """Note an applied step, by its result."""
         self._session_step = self.base_step = self._session_step_on_server = result.step
         self.applied_step = self.step_on_server = result.round.contribution if self._is_aggregated else result.step
         self.unfinished_step = 0
         if result.durable_step > self.durable_step:
             self.durable_step = result.durable_step
-        return result
 
     def _learn(self, opened: attach_pb2.AttachOpened) -> None:
         """Adopt the numbers of the server, which the next step and the next load follow on."""
@@ -324,6 +324,8 @@ class Hold:
     def _exchange(self, stream: AttachedStream, call: StepCall, deadline: Deadline) -> step_pb2.StepResult:
         """Send the step, without its gradient if only its reply was lost, and read the reply."""
         begin = call.begin
+        if call.lane is not self.lane and call.lane is not None:  # it was sent over a stream before
+            call.lane, call.sent = None, True
         self.check(begin.step, sent=call.sent)
         begin.epoch, begin.load = self.epoch, self.applied_load
         if self._is_aggregated:
@@ -334,7 +336,7 @@ class Hold:
         shared = self.shared if self.shared is not None and can_carry(self.shared, call) else None
         reader = ReplyReader(self._packer, call, shared)
         carrier, messages = self._carried(stream, call, shared, again=again)
-        for frame in _send(carrier, call, messages, deadline):
+        for frame in replies(carrier, call, messages, deadline):
             message: pb.AttachResponse = frame.message
             if message.HasField("chunk") or shared is not None and message.HasField("result"):
                 self.answered_step = begin.step
@@ -354,6 +356,8 @@ class Hold:
     ) -> tuple[Carrier, Iterable[bytes]]:
         """Return the way of a step, and its messages: over the lane if there is one, and the step fits there."""
         messages: Iterable[bytes]
+        if call.lane is not None:
+            return call.lane, ()
         if shared is not None:
             messages = [shared_message(shared, call, again=again)]
         else:
@@ -375,14 +379,3 @@ class Hold:
         if waits:
             return [pb.AttachRequest(begin=call.begin).SerializeToString()]
         return call.messages(self._packer, self._chunk_bytes, again=again)
-
-
-def _send(carrier: Carrier, call: StepCall, messages: Iterable[bytes], deadline: Deadline) -> Iterator[Frame]:
-    """Send a step, and yield the replies; a step that the server refused has not been sent, as far as it matters."""
-    sent, call.sent = call.sent, True
-    try:
-        yield from carrier.exchange(messages, deadline)
-    except StepwireError as refused:
-        if refused.reason in _REFUSALS and not call.begin.overlap:
-            call.sent = sent
-        raise

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from stepwire.arrays.packing import Flat
-from stepwire.arrays.rows import RowTarget
+from stepwire.arrays.rows import PulledRows, RowGradient
 from stepwire.connection.retry import Deadline
+from stepwire.links.direct import DirectSteps
 from stepwire.links.progress import LoadProgress
 from stepwire.results import SessionInfo, SessionStatistics, TransportChoice
 from stepwire.steps.call import StepCall
@@ -22,7 +23,7 @@ from stepwire.steps.carry import Carry
 from stepwire.steps.description import SessionDescription
 from stepwire.transports.shared import SharedArrays
 from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire.v1 import state_pb2, step_pb2
+from stepwire.v1 import state_pb2, step_pb2, tensor_pb2
 
 __all__ = ["Load", "SessionLink", "StateOrigin"]
 
@@ -60,6 +61,8 @@ class Load(NamedTuple):
             None for values that are sent.
         whole: it brings all slots, the step and every number, so that nothing of the present state matters.
         progress: is told of the bytes as they are sent; None for nobody.
+        rows: the parameters of rows of tables that it replaces, in the place of whole slots, one entry a table; None
+            for whole slots.
     """
 
     sources: Mapping[str, Flat]
@@ -70,12 +73,18 @@ class Load(NamedTuple):
     origin: StateOrigin | None = None
     whole: bool = False
     progress: LoadProgress | None = None
+    rows: tuple[RowGradient, ...] | None = None
 
     def opening(self) -> state_pb2.LoadOpen:
         """Return the first message of the load, without the numbers that its link knows."""
         opening = state_pb2.LoadOpen(
             slots=self.sources, step=self.step, tensor_steps=self.tensor_steps, tensor_scalars=self.tensor_scalars
         )
+        if self.rows is not None:
+            opening.slots[:], opening.by_rows = ["param"], True
+            opening.tables.extend(
+                tensor_pb2.TableEntries(tensor=table.tensor, entries=len(table.indices)) for table in self.rows
+            )
         if self.loss_scale is not None:
             opening.loss_scale.scale, opening.loss_scale.clean_steps = self.loss_scale
         return opening
@@ -91,6 +100,11 @@ class SessionLink(Protocol):
     @property
     def lock(self) -> threading.RLock:
         """The lock that serialises the steps and loads of the session."""
+
+    @property
+    def direct(self) -> DirectSteps | None:
+        """The steps that the caller's own thread can make; None where there are none."""
+        return None
 
     @property
     def carry(self) -> Carry:
@@ -153,8 +167,8 @@ class SessionLink(Protocol):
             StepwireError: as `Session.step`.
         """
 
-    def pull_rows(self, rows: Sequence[RowTarget], dtype: np.dtype[Any], deadline: Deadline) -> state_pb2.PullHeader:
-        """Read rows of the parameters of tables, all as of one step that has all that this client knows.
+    def pull_rows(self, rows: PulledRows, dtype: np.dtype[Any], deadline: Deadline) -> state_pb2.PullHeader:
+        """Read rows of the parameters of tables, or ids, all as of one step that has all that this client knows.
 
         Raises:
             StepwireError: as `pull`.

@@ -59,6 +59,15 @@ class ObservedSteps:
             result = self._link.step(call, deadline)
         else:
             result = self._traced(self._traces, call, deadline)
+        return self.remember(began, result)
+
+    @property
+    def has_observers(self) -> bool:
+        """A step is told to somebody, or traced: neither is done in the middle of the caller's own code."""
+        return self._logger is not None or self._traces is not None
+
+    def remember(self, began: float, result: step_pb2.StepResult) -> _Past:
+        """Remember a step, whose begin is a time of `time.perf_counter`."""
         past = time.time(), time.perf_counter() - began, result
         self._past.append(past)
         return past

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from stepwire.arrays.packing import Flat, Packer
-from stepwire.arrays.rows import RowReader, RowTarget
+from stepwire.arrays.rows import IdTarget, PulledRows, RowReader, RowTarget, row_parts
 from stepwire.connection.channel import Calls
 from stepwire.connection.retry import Deadline
-from stepwire.errors import UnavailableError
+from stepwire.errors import StateLossError, UnavailableError
+from stepwire.links.hold import Hold
 from stepwire.links.link import Load
+from stepwire.links.repetition import repeated
 from stepwire.steps.description import SessionDescription
+from stepwire.transports.route import Route
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import session_pb2, state_pb2, tensor_pb2
 from stepwire.wire.dtypes import FLOAT32, dtype_to_wire
 from stepwire.wire.frames import FrameBuffer, read_frame
 
-__all__ = ["load_messages", "read_pull", "receive_pull", "send_load"]
+__all__ = ["load_by_number", "load_messages", "read_pull", "receive_pull", "send_load"]
 
 
 def read_pull(
@@ -27,15 +30,19 @@ def read_pull(
     packer: Packer,
     dtype: np.dtype[Any],
     targets: Mapping[str, Flat],
-    rows: Sequence[RowTarget] = (),
+    rows: PulledRows = (),
 ) -> state_pb2.PullHeader:
-    """Decode the messages of a pull into the target arrays of each slot, or of one slot's rows.
+    """Decode the messages of a pull into the target arrays of each slot, or of one slot's rows, or into ids.
 
     Raises:
         UnavailableError: the server ended the stream early.
     """
     header: state_pb2.PullHeader | None = None
-    missing, reader = 0 if rows else packer.layout.size * len(targets), RowReader(packer.layout, rows)
+    missing = 0 if rows else packer.layout.size * len(targets)
+    reader = RowReader(packer.layout, [target for target in rows if isinstance(target, RowTarget)])
+    ids = {packer.layout.tensors[target.tensor].offset: target for target in rows if isinstance(target, IdTarget)}
+    for each in ids.values():  # an attempt before may have left some
+        each.found[each.part] = []
     for data in messages:
         frame = read_frame(pb.PullResponse, data)
         message: pb.PullResponse = frame.message
@@ -45,6 +52,10 @@ def read_pull(
             chunk = message.chunk
             if chunk.rows:
                 reader.read(chunk, frame.payload.view(dtype))
+                continue
+            if ids:
+                own = ids[chunk.offset]
+                own.found[own.part].append(frame.payload.view("<u8").astype(np.uint64))
                 continue
             packer.read(
                 targets[message.slot],
@@ -64,7 +75,7 @@ def receive_pull(
     targets: Mapping[str, Flat],
     dtype: np.dtype[Any],
     deadline: Deadline,
-    rows: Sequence[RowTarget] = (),
+    rows: PulledRows = (),
 ) -> state_pb2.PullHeader:
     """Ask for slots once, and read them into the target arrays of each; or for rows of tables in one slot.
 
@@ -76,7 +87,12 @@ def receive_pull(
         slots=targets,
         dtype=dtype_to_wire(dtype),
         chunk_bytes=description.chunk_bytes,
-        rows=[tensor_pb2.TableRows(tensor=target.tensor, rows=target.indices.tolist()) for target in rows],
+        rows=[
+            tensor_pb2.TableRows(tensor=target.tensor, rows=target.indices.tolist())
+            for target in rows
+            if isinstance(target, RowTarget)
+        ],
+        row_ids=[target.tensor for target in rows if isinstance(target, IdTarget)],
     )
     return calls.download(
         "Pull", request, lambda messages: read_pull(messages, description.packer, dtype, targets, rows), deadline
@@ -115,6 +131,15 @@ def load_messages(opening: state_pb2.LoadOpen, packer: Packer, load: Load, chunk
     sent_bytes = 0
     opening.dtype = dtype_to_wire(FLOAT32)
     yield pb.LoadRequest(open=opening).SerializeToString()
+    for part in row_parts(load.rows or (), FLOAT32, chunk_bytes):
+        header = pb.LoadRequest(slot="param", chunk=tensor_pb2.Chunk())
+        part.describe(header.chunk)
+        frame = FrameBuffer(header, part.elements * FLOAT32.itemsize)
+        part.write(frame.payload(FLOAT32))
+        yield frame.finish()
+        sent_bytes += part.elements * FLOAT32.itemsize
+        if load.progress is not None:
+            load.progress.sent(opening.session_id, sent_bytes)
     for slot, flat in load.sources.items():
         for offset, count, ranges in packer.chunks(chunk_bytes // FLOAT32.itemsize):
             header = pb.LoadRequest(slot=slot, chunk=tensor_pb2.Chunk(offset=offset, count=count))
@@ -125,3 +150,32 @@ def load_messages(opening: state_pb2.LoadOpen, packer: Packer, load: Load, chunk
             if load.progress is not None:
                 load.progress.sent(opening.session_id, sent_bytes)
     yield pb.LoadRequest(commit=True).SerializeToString()
+
+
+def load_by_number(route: Route, hold: Hold, description: SessionDescription, load: Load, deadline: Deadline) -> None:
+    """Send a load with the next number, until it is committed.
+
+    Raises:
+        StateLossError: the server has lost steps or loads, and the load does not bring everything.
+        StepwireError: as `SessionLink.load`.
+    """
+    opening = load.opening()
+    opening.session_id, opening.load = description.session_id, hold.applied_load + 1
+
+    def attempt(left: Deadline) -> session_pb2.Session:
+        if hold.epoch == 0 or not hold.is_certain:
+            hold.attach(left)
+        hold.check_kept(steps=not load.whole)
+        if load.step is None and not description.is_aggregated:
+            opening.step = hold.step_on_server  # so that a load that arrives after a step is refused
+        opening.attach_token, opening.epoch, opening.worker = hold.token, hold.epoch, hold.worker or 0
+        return send_load(route.way(left).calls, opening, load, description, left)
+
+    try:
+        session = repeated(route, hold, attempt, deadline)
+    except StateLossError:  # the load was not committed: the server knows none of its number
+        raise
+    except BaseException:
+        hold.load_failed(opening.load)
+        raise
+    hold.loaded(opening.load, session.applied_step)

@@ -41,9 +41,9 @@ def _on_route(route: Route, hold: Hold, attempt: Callable[[Deadline], _T], deadl
             route.lost()
         elif error.reason == Reason.STREAM_DISPLACED:
             hold.displaced()
-        raise route.calls.followed(error) from None
+        raise route.calls.followed(error, deadline) from None
     except FencedError as error:
-        if (moved := route.calls.followed(error)) is not error:
+        if (moved := route.calls.followed(error, deadline)) is not error:
             hold.detach()
             route.lost()
             raise moved from None

@@ -9,6 +9,7 @@ from typing import Final, NamedTuple, Protocol
 
 from stepwire.connection.channel import Calls, checked_timeout
 from stepwire.connection.errands import is_left, later
+from stepwire.connection.retry import Deadline
 from stepwire.connection.watch import Closable, Watch
 from stepwire.errors import InvalidRequestError, Reason, StepwireError, UnsupportedFeatureError
 from stepwire.links.link import SessionLink
@@ -17,8 +18,8 @@ from stepwire.results import ServerInfo, SessionInfo
 from stepwire.statistics import Statistics
 from stepwire.steps.description import SessionDescription
 from stepwire.transports.route import Route, Router
+from stepwire.v1 import move_pb2, session_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire.v1 import session_pb2
 from stepwire.version import PROTOCOL_MAX, PROTOCOL_MIN
 from stepwire.wire.channel_options import LARGEST_REQUEST_BYTES
 from stepwire.wire.messages import duration_to_wire
@@ -158,12 +159,32 @@ class RemoteServer(ServerLink):
             return self._link(response.session, chunk_bytes, 0, options)
         return self._link(response.session, chunk_bytes, response.attach_token, options._replace(worker=0))
 
-    def find(self, session_id: str, timeout: float | None, options: LinkOptions) -> RemoteLink:
-        """See `ServerLink.find`."""
+    def find(self, session_id: str, timeout: float | None, options: LinkOptions, *, token: int = 0) -> RemoteLink:
+        """See `ServerLink.find`; `token` proves a hold that the caller has, 0 for none."""
         chunk_bytes = self._chunk_bytes(timeout)
         request = pb.GetSessionRequest(session_id=session_id)
         response = self.calls.unary("GetSession", request, pb.GetSessionResponse, timeout)
-        return self._link(response.session, chunk_bytes, 0, options)
+        return self._link(response.session, chunk_bytes, token, options)
+
+    def successor(self, session_id: str, token: int, deadline: Deadline) -> list[move_pb2.SuccessorShard]:
+        """Ask once where a session lives on; nothing is returned for one that is still here.
+
+        Args:
+            session_id: the session's id.
+            token: the proof of the hold that the caller had, for the tokens of the successor; 0 for none.
+            deadline: the deadline of the call.
+
+        Raises:
+            SessionNotFoundError: there is no such session.
+            FencedError: the caller had lost the worker.
+            UnavailableError: the server cannot be reached.
+        """
+        request = pb.GetSuccessorRequest(session_id=session_id, attach_token=token)
+        try:
+            response = self.calls.once("GetSuccessor", request, pb.GetSuccessorResponse, deadline.remaining())
+        except StepwireError as error:
+            raise self.calls.followed(error, deadline) from None
+        return list(response.successor.shards)
 
     def fork(
         self, session_id: str, request: pb.ForkSessionRequest, timeout: float | None, *, error_feedback: bool

@@ -64,6 +64,11 @@ class ReplayWindow:
         self._nbytes = 0
 
     @property
+    def keeps(self) -> bool:
+        """Steps are kept."""
+        return self._limit_bytes > 0
+
+    @property
     def nbytes(self) -> int:
         """The bytes of the messages that are kept."""
         return self._nbytes

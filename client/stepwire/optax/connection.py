@@ -9,7 +9,7 @@ from typing import Any, Final, TypedDict
 import numpy.typing as npt
 
 from stepwire.client import Client, StatePrecision, Telemetry
-from stepwire.connecting import connect, places_of
+from stepwire.connecting import connect, count_servers
 from stepwire.connection.config_file import asked_target, read_config_file
 from stepwire.errors import InvalidRequestError
 from stepwire.optimizers.durability import Durability, DurabilityLevel
@@ -105,12 +105,13 @@ class Connection:
         """The largest length of a session's id in bytes, known in advance because JAX fixes shapes in a trace.
 
         Raises:
-            UnavailableError: a target is a directory that names no shard yet.
+            UnavailableError: a target tells no shard yet; see `stepwire.connect`.
         """
         if isinstance(self.server, Client):
             return _ID_BYTES * (self.server.target.count(",") + 1)
-        servers = sum(len(places_of(target)) for target in self.server)
-        return _ID_BYTES * servers * int(dict(self.options).get("channels", 1))
+        options = dict(self.options)
+        servers = sum(count_servers(target, timeout=options.get("timeout", 60.0)) for target in self.server)
+        return _ID_BYTES * servers * int(options.get("channels", 1))
 
     def open(self) -> Client:
         """Return the client of the connection: the user's, or a new one.

@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 from stepwire.optimizers.norms import GradientNorms, rounded_norm
-from stepwire.results import SessionInfo, SessionStatistics, TransportChoice
+from stepwire.results import SessionInfo, SessionStatistics, TableUse, TransportChoice
 from stepwire.sharding.coordinator import Decision
 from stepwire.sharding.partition import Partition
 from stepwire.transports.available import TRANSPORTS
@@ -124,7 +124,18 @@ def combined_info(session_id: str, infos: Sequence[SessionInfo]) -> SessionInfo:
         expire_time=min(info.expire_time for info in infos),
         idle_seconds=min(info.idle_seconds for info in infos),
         members=infos[0].members,
+        tables=tuple(_tables(infos)),
     )
+
+
+def _tables(infos: Sequence[SessionInfo]) -> Iterable[TableUse]:
+    """Add the rows of each table up."""
+    found: dict[str, list[TableUse]] = {}
+    for info in infos:
+        for table in info.tables:
+            found.setdefault(table.name, []).append(table)
+    for name, parts in found.items():
+        yield TableUse(name, sum(part.rows for part in parts), sum(part.evicted_rows for part in parts))
 
 
 def combined_statistics(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from stepwire.connection.errands import together
-from stepwire.errors import DeadlineExceededError
+from stepwire.errors import DeadlineExceededError, SessionMovedError
 from stepwire.sharding.coordinator import Abandoned
 
 __all__ = ["fan_out"]
@@ -50,7 +50,9 @@ def fan_out(calls: Sequence[Callable[[], _T]], abandon: Callable[[], object] = l
 
 
 def _remoteness(failure: BaseException) -> int:
-    """Rank failures: 0 for a cause."""
+    """Rank failures: 0 for a cause, and less for a move, which has ended the calls of the other shards."""
+    if isinstance(failure, SessionMovedError):
+        return -1
     if isinstance(failure, Abandoned):
         return 3 if failure.cause is None else 2
     return int(isinstance(failure, DeadlineExceededError))

@@ -15,22 +15,24 @@ from typing import Any, TypeVar
 import numpy as np
 
 from stepwire.arrays.packing import Flat
-from stepwire.arrays.rows import RowTarget
+from stepwire.arrays.rows import PulledRows
 from stepwire.connection.errands import undelivered
 from stepwire.connection.retry import Deadline
 from stepwire.errors import StepMismatchError
 from stepwire.links.link import Load, SessionLink
+from stepwire.links.past import LinkPast
 from stepwire.links.remote import RemoteLink
 from stepwire.results import SessionInfo, SessionStatistics, TransportChoice
 from stepwire.sharding.combine import combined, combined_header, combined_info, combined_statistics, least_transport
 from stepwire.sharding.coordinator import Abandoned, Coordinator
 from stepwire.sharding.fan_out import fan_out
+from stepwire.sharding.levelling import level_of
 from stepwire.sharding.mismatches import half_applied, half_loaded, uneven
 from stepwire.sharding.open_rounds import await_open_rounds
 from stepwire.sharding.partition import Partition
-from stepwire.sharding.reading import AlikeReader
+from stepwire.sharding.reading import AlikeReader, own_failure
 from stepwire.sharding.refusals import check_load, fed_gradients, shared_arrays
-from stepwire.sharding.shard import Shard, gathered
+from stepwire.sharding.shard import Shard, carry_residuals, gathered
 from stepwire.sharding.whole import bounds_of, check_alike, whole_session
 from stepwire.steps.call import StepCall
 from stepwire.steps.carry import Carry
@@ -101,9 +103,24 @@ class ShardedLink(SessionLink):
         return self._carry
 
     @property
-    def shards(self) -> tuple[SessionLink, ...]:
+    def shards(self) -> tuple[RemoteLink, ...]:
         """The links of the shards, in order."""
         return tuple(shard.link for shard in self._shards)
+
+    @property
+    def past(self) -> LinkPast:
+        """The past of this link, which its successor goes on from."""
+        return LinkPast(self._lock, self._carry, self._last_result, self._doubt, self._untold, self._load)
+
+    def succeed(self, former: ShardedLink | RemoteLink) -> None:
+        """Go on where the link to the former places of this model stopped: see `RemoteLink.succeed`."""
+        self._lock, self._carry, self._last_result, doubt, self._untold, self._load = former.past
+        if doubt is not None:
+            self._doubt, self._step = doubt.under(self._acquisitions()), doubt.step
+        if isinstance(former, ShardedLink):
+            self._coordinator = former._coordinator
+        carry_residuals(former._shards if isinstance(former, ShardedLink) else [Shard.whole(former)], self._shards)
+        former.detach()
 
     @property
     def applied_step(self) -> int:
@@ -132,7 +149,7 @@ class ShardedLink(SessionLink):
         """See `SessionLink.deadline`."""
         return self._shards[0].link.deadline(timeout)
 
-    # --- streams -----------------------------------------------------------------------------------------
+    # --- streams and steps ---------------------------------------------------------------------------------
 
     def attach(self, deadline: Deadline, *, transport: str | None = None, take_over: bool = False) -> None:
         """Attach the streams of all shards; see `SessionLink.attach`."""
@@ -158,8 +175,6 @@ class ShardedLink(SessionLink):
     def forget_writes(self) -> None:
         """Do nothing: there are no views of shared memory."""
 
-    # --- steps -------------------------------------------------------------------------------------------
-
     def step(self, call: StepCall, deadline: Deadline) -> step_pb2.StepResult:
         """Apply a step on all shards, each exactly once, and combine their results.
 
@@ -182,7 +197,7 @@ class ShardedLink(SessionLink):
         self._settled()
         self._untold.forget()
         self._last_result = result
-        undelivered(functools.partial(self._undelivered, call, coordinator))
+        undelivered(self._undelivered, call, coordinator)
         return result
 
     def _undelivered(self, call: StepCall, coordinator: Coordinator | None) -> None:
@@ -195,6 +210,7 @@ class ShardedLink(SessionLink):
                 self._doubt = Doubt.after(call, self._acquisitions())
 
     def _step_shards(self, call: StepCall, coordinator: Coordinator | None, deadline: Deadline) -> step_pb2.StepResult:
+        call.prepare()
         notifiers = [None] * len(self._shards) if call.on_tensor is None else gathered(self._shards, call)
         calls = [
             functools.partial(shard.step, call, coordinator, notify, deadline)
@@ -223,8 +239,7 @@ class ShardedLink(SessionLink):
         steps, doubt = self._steps_on_servers(), self._doubt
         if doubt is None:
             self._check_finished()
-            shards = self._shards
-            known = {shard.contribution for shard in shards} if self._is_aggregated else {self.applied_step}
+            known = {shard.contribution for shard in self._shards} if self._is_aggregated else {self.applied_step}
             if set(steps) != known or len(known) > 1:
                 raise uneven(self._shards, steps)
             return steps[0] + 1
@@ -268,7 +283,7 @@ class ShardedLink(SessionLink):
         steps, known = self._steps_on_servers(), self._coordinator
         if step in steps and known is not None and known.decision is not None:
             return known
-        if step in steps and not self._is_aggregated:  # else another worker decided, and the results of shards tell
+        if step in steps and set(steps) != {step} and not self._is_aggregated:  # else the results of shards tell
             raise uneven(self._shards, steps)
         return Coordinator(step, len(self._shards), self._bounds)
 
@@ -284,7 +299,7 @@ class ShardedLink(SessionLink):
         headers = self._read(self._shards, lambda shard, left: shard.pull(targets, dtype, left), deadline)
         return combined_header(headers, self._partition)
 
-    def pull_rows(self, rows: Sequence[RowTarget], dtype: np.dtype[Any], deadline: Deadline) -> state_pb2.PullHeader:
+    def pull_rows(self, rows: PulledRows, dtype: np.dtype[Any], deadline: Deadline) -> state_pb2.PullHeader:
         """See `SessionLink.pull_rows`: all shards that have tables are at one step. The header is the first one's."""
         holders = [shard for shard in self._shards if shard.link.description.packer.layout.tables]
         return self._read(holders, lambda shard, left: shard.pull_rows(rows, dtype, left), deadline)[0]
@@ -302,25 +317,11 @@ class ShardedLink(SessionLink):
     def _own_failure(
         self, shards: Sequence[Shard], steps: Sequence[int], loads: Sequence[int]
     ) -> StepMismatchError | None:
-        """Return the error of shards that were read unlike because a step or a load of this client failed.
-
-        Only this client levels such shards, so reading them again is in vain. The result is None while a call of this
-        client is under way, and if another client may be stepping or loading.
-        """
+        """See `own_failure`; the result is None while a call of this client is under way."""
         if not self._lock.acquire(blocking=False):
             return None
         try:
-            doubt = self._doubt
-            holds = all(shard.is_certain for shard in shards)  # and has found the shards as they were read, or not
-            if len(set(loads)) > 1:
-                in_doubt = any(shard.link.hold.load_in_doubt for shard in shards)
-                if in_doubt or holds and list(loads) == [shard.applied_load for shard in shards]:
-                    return half_loaded(shards, loads)
-            elif doubt is not None and set(steps) <= {doubt.step - 1, doubt.step}:
-                return half_applied(shards, doubt.step, steps)
-            elif holds and list(steps) == [shard.step_on_server for shard in shards]:
-                return uneven(shards, steps)
-            return None
+            return own_failure(shards, self._doubt, steps, loads)
         finally:
             self._lock.release()
 
@@ -331,7 +332,7 @@ class ShardedLink(SessionLink):
             self.make_sure(deadline)
         fan_out([functools.partial(shard.attach, deadline) for shard in self._shards if not shard.is_certain])
         if load.step is None:
-            load = load._replace(step=max(self._steps_on_servers()))
+            load = load._replace(step=level_of(self._shards, deadline, together=self._is_aggregated))
         number = max(shard.applied_load for shard in self._shards) + 1
         self._each(lambda shard: shard.load(load, number, deadline))
         self._settled()

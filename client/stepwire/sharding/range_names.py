@@ -10,7 +10,7 @@ of all its elements. So a name that ends like that is always the name of a range
 ending.
 
 A range of a table has whole rows, and is a table of them. The seed of its first values is moved on, so that each
-element begins with the value that it has in the whole.
+element begins with the value that it has in the whole. Rows by ids have values by their ids, and the same seed.
 """
 
 from __future__ import annotations
@@ -90,4 +90,5 @@ def _shape(spec: TensorSpec, whole: tuple[int, ...], count: int) -> tuple[int, .
 
 def _seed(spec: TensorSpec, elements: int) -> int:
     """Return the seed of a table that begins so many elements later."""
-    return (spec.seed + elements * _SEEDS_APART) % _SEEDS if spec.table else spec.seed
+    moved = spec.table and not spec.hashed  # the first values of a row follow from its id alone
+    return (spec.seed + elements * _SEEDS_APART) % _SEEDS if moved else spec.seed

@@ -8,14 +8,35 @@ from collections.abc import Callable, Sequence
 from stepwire.connection.retry import Deadline
 from stepwire.errors import DeadlineExceededError, StateChangedError, StepMismatchError
 from stepwire.sharding.fan_out import fan_out
-from stepwire.sharding.mismatches import half_loaded, read_at
+from stepwire.sharding.mismatches import half_applied, half_loaded, read_at, uneven
 from stepwire.sharding.shard import Shard
+from stepwire.steps.doubt import Doubt
 from stepwire.v1 import state_pb2
 
-__all__ = ["AlikeReader"]
+__all__ = ["AlikeReader", "own_failure"]
 
 Cause = Callable[[Sequence[int], Sequence[int]], StepMismatchError | None]
 """The error of shards that were read at some steps and loads because a call of this client failed; None for others."""
+
+
+def own_failure(
+    shards: Sequence[Shard], doubt: Doubt | None, steps: Sequence[int], loads: Sequence[int]
+) -> StepMismatchError | None:
+    """Return the error of shards that were read unlike because a step or a load of this client failed.
+
+    Only this client levels such shards, so reading them again is in vain. The result is None if another client may be
+    stepping or loading.
+    """
+    holds = all(shard.is_certain for shard in shards)  # and has found the shards as they were read, or not
+    if len(set(loads)) > 1:
+        in_doubt = any(shard.link.hold.load_in_doubt for shard in shards)
+        if in_doubt or holds and list(loads) == [shard.applied_load for shard in shards]:
+            return half_loaded(shards, loads)
+    elif doubt is not None and set(steps) <= {doubt.step - 1, doubt.step}:
+        return half_applied(shards, doubt.step, steps)
+    elif holds and list(steps) == [shard.step_on_server for shard in shards]:
+        return uneven(shards, steps)
+    return None
 
 
 class AlikeReader:

@@ -7,8 +7,10 @@ from typing import Final
 from stepwire.errors import UnsupportedFeatureError
 from stepwire.layout import Layout
 from stepwire.links.link import Load
+from stepwire.sharding.rows import MOST_CAPACITY
+from stepwire.v1 import session_pb2
 
-__all__ = ["check_load", "fed_gradients", "rows_by_ids", "shared_arrays"]
+__all__ = ["check_ids", "check_load", "fed_gradients", "shared_arrays"]
 
 _COUNTED: Final = ("row_counter", "skipped", "row_wise")
 
@@ -41,10 +43,30 @@ def shared_arrays() -> UnsupportedFeatureError:
     )
 
 
-def rows_by_ids(name: str) -> UnsupportedFeatureError:
-    """Return the error of a table whose rows are named by ids: ranges of indices part rows among servers."""
+def check_ids(config: session_pb2.SessionConfig) -> None:
+    """Refuse rows by ids that several servers cannot have.
+
+    Shards agree that all new ids have room before any of them steps. A round whose ids have no room on one server would
+    stay open on the others, and asynchronous workers step between the two.
+
+    Raises:
+        UnsupportedFeatureError: there are several workers, or a table is too large.
+    """
+    tables = [tensor for tensor in config.tensors if tensor.table.hashed]
+    if not tables:
+        return
+    if config.HasField("aggregation"):
+        problem = "are named by ids, which several workers have on one server, and several servers for one worker"
+        raise _ids(f"rows of {tables[0].name!r} {problem}; use one target, or a session without `aggregation`")
+    for table in tables:
+        if table.shape and table.shape[0] > MOST_CAPACITY:
+            problem = f"{table.shape[0]} ids, and {MOST_CAPACITY} are possible; use several tables"
+            raise _ids(f"{table.name!r} has a capacity of {problem}")
+
+
+def _ids(problem: str) -> UnsupportedFeatureError:
     return UnsupportedFeatureError(
-        f"tables: rows of {name!r} are named by ids, and servers part rows by ranges of indices; use one target",
+        f"tables: {problem}",
         metadata={"field": "config.tensors.table.hashed", "feature": "row_ids"},
     )
 

@@ -2,44 +2,48 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final, TypeVar
 
 from stepwire.connection.errands import undelivered
+from stepwire.connection.retry import Deadline
 from stepwire.connection.watch import Closable
-from stepwire.errors import InvalidRequestError, SessionNotFoundError, StepMismatchError
-from stepwire.layout import place
+from stepwire.errors import InvalidRequestError, SessionMovedError, StepMismatchError
 from stepwire.links.remote import RemoteLink
 from stepwire.links.server import LinkOptions, RemoteServer, ServerLink
 from stepwire.results import ServerInfo, SessionInfo
 from stepwire.sharding.fan_out import fan_out
+from stepwire.sharding.following import FollowedLink, FollowingLink
 from stepwire.sharding.link import ShardedLink
 from stepwire.sharding.partition import Partition
-from stepwire.sharding.refusals import rows_by_ids
+from stepwire.sharding.shard_configs import configs_of, partition_of
+from stepwire.sharding.successors import FoundShard, ShardPlace, Successors
 from stepwire.statistics import Statistics
-from stepwire.v1 import optimizer_pb2, session_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire.wire.messages import spec_to_wire, specs_from_wire
+from stepwire.v1 import session_pb2
 
-__all__ = ["ShardedServer"]
-
-_T = TypeVar("_T")
-
-_LAYERWISE: Final = (optimizer_pb2.RULE_LAMB, optimizer_pb2.RULE_LARS)
+__all__ = ["ShardedServer", "followed_link", "linked"]
 
 
 class ShardedServer(ServerLink):
     """Links to several servers, or several links to one: sessions are partitioned over them, and stepped in parallel.
 
     A model that is too small to be cut for all targets lies on the first ones.
+
+    Attributes:
+        successors: finds sessions, those too that have moved.
     """
 
-    def __init__(self, servers: Sequence[RemoteServer]) -> None:
-        """Use the links of one server each, which are closed with this one."""
+    def __init__(self, servers: Sequence[RemoteServer], opened: Callable[[str], RemoteServer]) -> None:
+        """Use the links of one server each, which are closed with this one.
+
+        Args:
+            servers: the servers.
+            opened: makes the link to another server, which a session has moved to, by its target.
+        """
         self._servers = tuple(servers)
+        self.successors = Successors(self._servers, opened)
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -50,8 +54,8 @@ class ShardedServer(ServerLink):
         """Ask the servers for their properties.
 
         Returns:
-            The features that all serve, the protocols that all speak, the least of the limits. Devices are those of
-            all, as `"host:port cuda:0"`; versions and instances are joined by commas.
+            The features that all serve, the protocols that all speak, the least of the limits, the largest epoch.
+            Devices are those of all, as `"host:port cuda:0"`; versions, instances and shards are joined by commas.
 
         Raises:
             UnavailableError: a server cannot be reached.
@@ -72,31 +76,41 @@ class ShardedServer(ServerLink):
             max_chunk_bytes=min(info.max_chunk_bytes for info in infos),
             draining=any(info.draining for info in infos),
             not_serving="; ".join(info.not_serving for info in infos if info.not_serving),
+            shard=",".join(dict.fromkeys(info.shard for info in infos if info.shard)),
+            epoch=max(info.epoch for info in infos),
         )
 
     def create(
         self, config: session_pb2.SessionConfig, request_id: str | None, timeout: float | None, options: LinkOptions
-    ) -> ShardedLink:
+    ) -> FollowingLink:
         """See `ServerLink.create`; each shard's request has an id of its own, made from `request_id`."""
         _check_worker(options)
-        partition = _partition(config, len(self._servers))
-        configs = _configs(config, partition)
+        partition = partition_of(config, len(self._servers))
+        configs = configs_of(config, partition)
+        made: list[RemoteLink] = []
 
         def create(rank: int) -> RemoteLink:
             own_id = None if request_id is None else f"{request_id}.{rank}"
             link = self._servers[rank].create(configs[rank], own_id, timeout, options)
             if request_id is None:  # nobody else knows the session, so nobody would end it
                 undelivered(link.close)
+            made.append(link)
             return link
 
-        return ShardedLink(fan_out([functools.partial(create, rank) for rank in range(len(configs))]), partition)
+        try:
+            links = fan_out([functools.partial(create, rank) for rank in range(len(configs))])
+        except SessionMovedError as moved:  # the session of an earlier request of this id; a shard of it tells where
+            for link in made:
+                link.close()
+            return self.find(moved.metadata["session_id"], timeout, options)
+        return self._following(ShardedLink(links, partition), options)
 
-    def find(self, session_id: str, timeout: float | None, options: LinkOptions) -> ShardedLink:
-        """Return the link to a sharded session.
+    def find(self, session_id: str, timeout: float | None, options: LinkOptions) -> FollowingLink:
+        """Return the link to a sharded session, where it is now.
 
         Args:
-            session_id: the ids of all shards in order, joined by commas. The servers must be those that the session was
-                created on, in the same order.
+            session_id: the ids of all shards in order, joined by commas. The servers of the session must be among
+                these, or one of those that it has moved from.
             timeout: seconds.
             options: as for `create`; error feedback starts with nothing kept.
 
@@ -107,57 +121,36 @@ class ShardedServer(ServerLink):
         """
         _check_worker(options)
         ids = session_id.split(",") if session_id else []
-        if not 1 <= len(ids) <= len(self._servers):
-            raise InvalidRequestError.of(
-                "session_id",
-                f"{len(ids)} ids for {len(self._servers)} targets; give the ids of all shards, in their order",
-            )
+        if not ids:
+            raise InvalidRequestError.of("session_id", "there is no id; give the ids of all shards, in their order")
 
-        def find(rank: int, own_id: str) -> RemoteLink:
-            return self._at_holder(rank, own_id, lambda server: server.find(own_id, timeout, options))
-
-        links = fan_out([functools.partial(find, *each) for each in enumerate(ids)])
-        return ShardedLink(links, Partition.read([link.description.packer.layout for link in links]))
-
-    def _at_holder(self, rank: int, session_id: str, call: Callable[[RemoteServer], _T]) -> _T:
-        """Call the server of a shard: an id is one shard's, wherever its server stands among the targets.
-
-        Raises:
-            SessionNotFoundError: no server has it.
-            StepwireError: as the call.
-        """
-        others = [server for server in self._servers if server is not self._servers[rank]]
-        for server in (self._servers[rank], *others):
-            with contextlib.suppress(SessionNotFoundError):
-                return call(server)
-        raise SessionNotFoundError(
-            f"session {session_id!r} is on none of the servers {', '.join(self.targets)}; it has ended, or its server "
-            "is not among these targets"
-        )
+        deadline = self._servers[0].calls.deadline(timeout)
+        found = self.successors.find(self.successors.places(ids), options, deadline)
+        return self._following(linked(found), options)
 
     def fork(
         self, session_id: str, request: pb.ForkSessionRequest, timeout: float | None, *, error_feedback: bool
-    ) -> ShardedLink:
+    ) -> FollowingLink:
         """Fork every shard; see `ServerLink.fork`. Forks of some shards alone end, unless the request has an id.
 
         Raises:
             StepMismatchError: the shards are at different steps.
             StepwireError: the refusal of a server.
         """
-        made: list[RemoteLink] = []
+        made, places = list[RemoteLink](), self.successors.places(session_id.split(","))
 
-        def fork(rank: int, own_id: str) -> RemoteLink:
+        def fork(rank: int, place: ShardPlace) -> RemoteLink:
             own = pb.ForkSessionRequest()
             own.CopyFrom(request)
             own.request_id = request.request_id and f"{request.request_id}.{rank}"
-            link = self._at_holder(
-                rank, own_id, lambda server: server.fork(own_id, own, timeout, error_feedback=error_feedback)
-            )
+            link = self.successors.at_holder(
+                place, lambda server: server.fork(place.session_id, own, timeout, error_feedback=error_feedback)
+            )[1]
             made.append(link)
             return link
 
         try:
-            links = fan_out([functools.partial(fork, *each) for each in enumerate(session_id.split(","))])
+            links = fan_out([functools.partial(fork, *each) for each in enumerate(places)])
             if len(steps := {link.applied_step for link in links}) > 1:
                 raise StepMismatchError(
                     f"the shards would begin at different steps {sorted(steps)}; name a checkpoint of one step",
@@ -168,7 +161,8 @@ class ShardedServer(ServerLink):
                 for link in made:
                     link.close()
             raise
-        return ShardedLink(links, Partition.read([link.description.packer.layout for link in links]))
+        partition = Partition.read([link.description.packer.layout for link in links])
+        return self._following(ShardedLink(links, partition), LinkOptions(error_feedback))
 
     def sessions(self, timeout: float | None) -> Iterator[SessionInfo]:
         """Yield the servers' sessions one by one, shards of sharded ones included, server after server."""
@@ -182,8 +176,40 @@ class ShardedServer(ServerLink):
 
     def close(self) -> None:
         """See `ServerLink.close`."""
+        self.successors.close()
         for server in self._servers:
             server.close()
+
+    def _following(self, link: ShardedLink, options: LinkOptions) -> FollowingLink:
+        return FollowingLink(link, functools.partial(followed_link, self.successors, options))
+
+
+def followed_link(
+    successors: Successors, options: LinkOptions, former: FollowedLink, deadline: Deadline
+) -> FollowedLink:
+    """Return the link to a session that has moved, which goes on where the former one stopped.
+
+    Raises:
+        StepwireError: as `Successors.find`.
+    """
+    places = successors.followed(successors.places_of(former.shards), deadline)
+    found = successors.find(places, options, deadline)
+    if isinstance(former, RemoteLink) and len(found) == 1:
+        found[0].link.succeed(former)
+        return found[0].link
+    link = linked(found)
+    link.succeed(former)
+    return link
+
+
+def linked(found: Sequence[FoundShard]) -> ShardedLink:
+    """Return the link to the shards of one model.
+
+    Raises:
+        InvalidRequestError: as `ShardedLink`.
+    """
+    links = [shard.link for shard in found]
+    return ShardedLink(links, Partition.read([link.description.packer.layout for link in links]))
 
 
 class _Watches(Iterator[Statistics]):
@@ -211,51 +237,3 @@ def _check_worker(options: LinkOptions) -> None:
     """
     if options.worker is None:
         raise InvalidRequestError.of("worker", "each of several servers would choose for itself; name its index")
-
-
-def _partition(config: session_pb2.SessionConfig, most: int) -> Partition:
-    """Partition a model for at most `most` servers.
-
-    Raises:
-        InvalidRequestError: an option cannot be had from several servers.
-        UnsupportedFeatureError: the rows of a table are named by ids.
-    """
-    if hashed := [tensor.name for tensor in config.tensors if tensor.table.hashed]:
-        raise rows_by_ids(hashed[0])
-    layout = place(specs_from_wire(config), len(config.groups))
-    partition = Partition.make(layout, most, within_tensors=config.optimizer.rule not in _LAYERWISE)
-    keeps = config.gradient.missing_gradient == optimizer_pb2.MISSING_GRADIENT_POLICY_KEEP
-    if len(partition.shards) > 1 and keeps and any(group.HasField("schedule") for group in config.groups):
-        raise InvalidRequestError.of(
-            "schedule",
-            "it counts the updates of a whole group, and with missing_gradient 'keep' a server sees only those of its "
-            "shard; send the learning rate with each step",
-        )
-    return partition
-
-
-def _configs(config: session_pb2.SessionConfig, partition: Partition) -> list[session_pb2.SessionConfig]:
-    """Return the config of each shard's session: the whole's, with other tensors, and two phases if need be."""
-    gradient = config.gradient
-    decides = (
-        gradient.HasField("clip_grad_norm")
-        or any(group.HasField("clip_grad_norm") for group in config.groups)
-        or gradient.non_finite != optimizer_pb2.NON_FINITE_POLICY_ALLOW
-        or gradient.HasField("loss_scaling")
-    )
-    together = config.aggregation
-    if decides and 0 < together.required_workers < together.workers and len(partition.shards) > 1:
-        raise InvalidRequestError.of(
-            "aggregation.required_workers",
-            "clipping by norm, and policies for NaN, are decided for all shards at once, and with fewer than all "
-            "workers shards may differ in theirs; leave it out, or use non_finite='allow' without clipping",
-        )
-    configs = []
-    for rank in range(len(partition.shards)):
-        own = session_pb2.SessionConfig()
-        own.CopyFrom(config)
-        del own.tensors[:]
-        own.tensors.extend(map(spec_to_wire, partition.specs(rank)))
-        own.gradient.two_phase = decides and len(partition.shards) > 1
-        configs.append(own)
-    return configs

@@ -10,23 +10,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from stepwire.arrays.packing import Flat
-from stepwire.arrays.rows import RowTarget
+from stepwire.arrays.rows import PulledRows, RowTarget
 from stepwire.connection.retry import Deadline
-from stepwire.errors import StepwireError
+from stepwire.errors import SessionMovedError, StepwireError
 from stepwire.links.link import Load
 from stepwire.links.remote import RemoteLink
 from stepwire.results import SessionInfo
 from stepwire.sharding.coordinator import Coordinator
-from stepwire.sharding.partition import ShardRanges
+from stepwire.sharding.partition import Partition, ShardRanges, TensorRange
 from stepwire.sharding.range_names import Origin, origin_of
 from stepwire.sharding.rows import own_gradients, own_targets, read_rows
 from stepwire.steps.call import Decide, OnTensor, StepCall
 from stepwire.v1 import state_pb2, step_pb2
 from stepwire.wire.dtypes import INT8
 
-__all__ = ["Shard", "gathered"]
+__all__ = ["Shard", "carry_residuals", "gathered"]
 
 
 class Shard:
@@ -45,8 +46,14 @@ class Shard:
         self.ranges = ranges
         self.rank = rank
         self.place = f"shard {rank} on {link.target}"
-        tensors = (tensor.spec for tensor in link.description.packer.layout.tensors)
+        self._layout = link.description.packer.layout
+        tensors = (tensor.spec for tensor in self._layout.tensors)
         self._origins = {spec.name: origin for spec in tensors if (origin := origin_of(spec)).name != spec.name}
+
+    @classmethod
+    def whole(cls, link: RemoteLink) -> Shard:
+        """Return the session of a link as the only shard of its model."""
+        return cls(link, Partition.read([link.description.packer.layout]).shards[0], 0)
 
     @property
     def is_ready(self) -> bool:
@@ -84,17 +91,17 @@ class Shard:
 
     def attach(self, deadline: Deadline, *, transport: str | None = None, take_over: bool = False) -> None:
         """Attach the stream, and so learn the applied step; see `SessionLink.attach`."""
-        with self.link.lock, self._named():
+        with self.link.lock, self._named(deadline):
             self.link.attach(deadline, transport=transport, take_over=take_over)
 
     def make_good(self, deadline: Deadline) -> None:
         """Attach the stream if need be, and make good what the server has lost; see `RemoteLink.make_good`."""
-        with self.link.lock, self._named():
+        with self.link.lock, self._named(deadline):
             self.link.make_good(deadline)
 
     def make_sure(self, deadline: Deadline) -> None:
         """See `SessionLink.make_sure`."""
-        with self._named():
+        with self._named(deadline):
             self.link.make_sure(deadline)
 
     def step(
@@ -111,7 +118,7 @@ class Shard:
         Raises:
             StepwireError: as `SessionLink.step`, with the shard named.
         """
-        with self.link.lock, self._named():
+        with self.link.lock, self._named(deadline):
             own = self._own(call, coordinator, on_tensor, deadline)
             try:
                 result = self.link.step_by_number(own, deadline)
@@ -125,7 +132,7 @@ class Shard:
 
     def await_open_round(self, step: int, coordinator: Coordinator | None, deadline: Deadline) -> bool:
         """Wait for the round that has a contribution in doubt; see `RemoteLink.await_open_round`."""
-        with self.link.lock, self._named():
+        with self.link.lock, self._named(deadline):
             return self.link.await_open_round(step, self._decide(coordinator, deadline), deadline)
 
     def resolve(self, *, applied: bool) -> None:
@@ -144,50 +151,60 @@ class Shard:
         for slot in targets.keys() - set(self.link.description.slots):
             for target in own.pop(slot):
                 target.fill(0)
-        with self._named():
+        with self._named(deadline):
             return self.link.pull(own, dtype, deadline)
 
-    def pull_rows(self, rows: Sequence[RowTarget], dtype: np.dtype[Any], deadline: Deadline) -> state_pb2.PullHeader:
+    def pull_rows(self, rows: PulledRows, dtype: np.dtype[Any], deadline: Deadline) -> state_pb2.PullHeader:
         """Read this shard's rows of tables into the places of the whole; the shard has a table, perhaps another one."""
-        asked = read_rows(self.ranges, self.link.description.packer.layout, rows, dtype)
-        with self._named():
-            header = self.link.pull_rows([each.own for each in asked], dtype, deadline)
-        for each in asked:
-            each.copy()
-        return header
+        with self._named(deadline):
+            return self.link.pull_rows(read_rows(self.ranges, self._layout, rows, dtype), dtype, deadline)
+
+    def targets(self, targets: Sequence[RowTarget]) -> tuple[RowTarget, ...]:
+        """Return the places of the rows of a reply that this shard sends."""
+        return own_targets(self.ranges, self._layout, targets)
 
     def load(self, load: Load, number: int, deadline: Deadline) -> None:
         """Load this shard's ranges of slots of the whole, until the shard's last load has a number.
 
         That is once, and once more for each load that other shards committed without this one.
         """
-        with self.link.lock, self._named():
+        with self.link.lock, self._named(deadline):
             while self.link.hold.applied_load < number:
                 self.link.load(self._own_load(load), deadline)
 
     def initialize(self, load: Load, deadline: Deadline) -> None:
         """Load this shard's ranges of the parameters, if its session has none yet."""
-        with self.link.lock, self._named():
+        with self.link.lock, self._named(deadline):
             self.link.initialize(self._own_load(load), deadline)
 
     def ask(self, method: str, request: Any, response: Any, deadline: Deadline) -> Any:
         """Make a unary call about this shard's session."""
         own = type(request)()
         own.CopyFrom(request)
-        with self._named():
+        with self._named(deadline):
             return self.link.ask(method, own, response, deadline)[0]
 
     def info(self, deadline: Deadline) -> SessionInfo:
-        """Ask the server for the state of this shard."""
-        with self._named():
-            return self.link.info(deadline)
+        """Ask the server for the state of this shard; its tables have their names in the whole."""
+        with self._named(deadline):
+            info = self.link.info(deadline)
+        whole = {name: origin.name for name, origin in self._origins.items()}
+        tables = (dataclasses.replace(table, name=whole.get(table.name, table.name)) for table in info.tables)
+        return dataclasses.replace(info, tables=tuple(tables))
+
+    def residuals(self) -> Iterator[tuple[TensorRange, npt.NDArray[np.float32]]]:
+        """Yield each range with its residual, a view of the feedback's; nothing without error feedback."""
+        if (feedback := self.link.carry.feedback) is not None:
+            for each, tensor in zip(self.ranges.ranges, self.link.description.packer.layout.tensors, strict=True):
+                yield each, feedback.residual[tensor.offset : tensor.end]
 
     def _own_load(self, load: Load) -> Load:
         tensors, slots = [each.tensor for each in self.ranges.ranges], self.link.description.slots
         steps = [load.tensor_steps[tensor] for tensor in tensors if load.tensor_steps]
         scalars = [load.tensor_scalars[tensor] for tensor in tensors if load.tensor_scalars]
         sources = {slot: self.ranges.of(flat) for slot, flat in load.sources.items() if slot in slots}
-        return load._replace(sources=sources, tensor_steps=steps, tensor_scalars=scalars)
+        rows = None if load.rows is None else own_gradients(self.ranges, self._layout, load.rows)
+        return load._replace(sources=sources, tensor_steps=steps, tensor_scalars=scalars, rows=rows)
 
     def _own(
         self, call: StepCall, coordinator: Coordinator | None, on_tensor: OnTensor | None, deadline: Deadline
@@ -198,7 +215,7 @@ class Shard:
             commit.CopyFrom(coordinator.decision.commit)
         begin = step_pb2.StepBegin()
         begin.CopyFrom(call.begin)
-        rows = own_gradients(self.ranges, self.link.description.packer.layout, call.rows) if call.rows else ()
+        rows = own_gradients(self.ranges, self._layout, call.rows) if call.rows else ()
         del begin.tables[:]
         for table in rows:
             begin.tables.add(tensor=table.tensor, entries=len(table.indices))
@@ -208,6 +225,7 @@ class Shard:
         call.bring()  # gradients on a device are split on the host
         return dataclasses.replace(
             call,
+            recognised=None,
             begin=begin,
             gradients=self.ranges.of(call.gradients),
             targets=self.ranges.of(call.targets) if call.wants_reply else (),
@@ -220,7 +238,7 @@ class Shard:
             commit=commit,
             on_device={},
             rows=rows,
-            row_targets=own_targets(self.ranges, call.row_targets) if call.row_targets else (),
+            row_targets=self.targets(call.row_targets) if call.row_targets else (),
             trace=None if call.trace is None else call.trace.part(begin, self.link.target),
         )
 
@@ -229,11 +247,16 @@ class Shard:
         return None if coordinator is None else lambda check: coordinator.decide(self.rank, check, deadline)
 
     @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        """Say in every error which shard the error is about, and name its tensors as the user does."""
+    def _named(self, deadline: Deadline) -> Iterator[None]:
+        """Say in every error which shard the error is about, and name its tensors as the user does.
+
+        A session that has moved has moved with all its shards, so their calls end too.
+        """
         try:
             yield
         except StepwireError as error:
+            if isinstance(error, SessionMovedError):
+                deadline.end()
             raise self._renamed(error) from error
 
     def _renamed(self, error: StepwireError) -> StepwireError:
@@ -250,6 +273,20 @@ class Shard:
         )
 
 
+def carry_residuals(former: Sequence[Shard], new: Sequence[Shard]) -> None:
+    """Carry the encoding errors of gradients over to the ranges that other shards have of the same model."""
+    kept: dict[int, list[tuple[int, int, npt.NDArray[np.float32]]]] = {}
+    for shard in former:
+        for each, residual in shard.residuals():
+            kept.setdefault(each.tensor, []).append((each.begin, each.end, residual))
+    for shard in new:
+        for each, residual in shard.residuals():
+            for begin, end, values in kept.get(each.tensor, ()):
+                low, high = max(begin, each.begin), min(end, each.end)
+                if low < high:
+                    residual[low - each.begin : high - each.begin] = values[low - begin : high - begin]
+
+
 def gathered(shards: Sequence[Shard], call: StepCall) -> list[OnTensor]:
     """Return a function for each shard, so that `call.on_tensor` is called once all have their ranges of a tensor.
 
@@ -258,7 +295,7 @@ def gathered(shards: Sequence[Shard], call: StepCall) -> list[OnTensor]:
     """
     awaited: dict[int, set[int]] = {}
     for shard in shards:
-        idle = {target.tensor for target in own_targets(shard.ranges, call.row_targets) if not len(target.indices)}
+        idle = {target.tensor for target in shard.targets(call.row_targets) if not len(target.indices)}
         for own, each in enumerate(shard.ranges.ranges):
             if own not in idle:
                 awaited.setdefault(each.tensor, set()).add(shard.rank)

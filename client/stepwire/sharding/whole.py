@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from stepwire.errors import InvalidRequestError
-from stepwire.layout import SCALE_SUFFIX, Layout
+from stepwire.layout import Layout
 from stepwire.optimizers.gradient_treatment import treatment_from_wire
 from stepwire.sharding.coordinator import Bounds
 from stepwire.v1 import session_pb2
@@ -23,7 +23,7 @@ def whole_session(messages: Sequence[session_pb2.Session], layout: Layout) -> se
     del whole.config.tensors[:]
     specs = {tensor.spec.name: tensor.spec for tensor in layout.tensors}
     whole.config.tensors.extend(spec_to_wire(specs[name]) for name in layout.names)
-    slots = max((message.layout.slots for message in messages), key=len)  # a shard without 8 bits has no maxima
+    slots = max((message.layout.slots for message in messages), key=len)  # a shard of tables alone may have fewer
     whole.layout.CopyFrom(layout_to_wire(layout, tuple(slots)))
     return whole
 
@@ -39,7 +39,7 @@ def bounds_of(whole: session_pb2.Session) -> Bounds | None:
 
 
 def check_alike(messages: Sequence[session_pb2.Session]) -> None:
-    """Refuse sessions that differ in more than their tensors.
+    """Refuse sessions that differ in more than their tensors, and in the slots that these have.
 
     Raises:
         InvalidRequestError: names the first session that differs.
@@ -52,14 +52,9 @@ def check_alike(messages: Sequence[session_pb2.Session]) -> None:
             config.ClearField(field)
         configs.append(config)
     for message, config in zip(messages, configs, strict=True):
-        if config != configs[0] or _held(message) != _held(messages[0]):
+        if config != configs[0]:
             raise InvalidRequestError.of(
                 "session_id",
                 f"{message.session_id!r} has another optimizer, other groups or other options than "
                 f"{messages[0].session_id!r}; they are not the shards of one model",
             )
-
-
-def _held(message: session_pb2.Session) -> list[str]:
-    """Return the slots of a session, but for the maxima of 8-bit blocks, which depend on its tensors."""
-    return [slot for slot in message.layout.slots if not slot.endswith(SCALE_SUFFIX)]

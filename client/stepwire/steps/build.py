@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any, Final, Literal, TypeAlias
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final, Literal, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from stepwire.arrays.packing import Arrays, Container, Flat
-from stepwire.arrays.recognised import RecognisedArrays
+from stepwire.arrays.ranges import Ranges
+from stepwire.arrays.recognised import FITTING, RecognisedArrays
 from stepwire.arrays.rows import RowGradient, Rows, RowTarget, split_rows, targets_of
-from stepwire.arrays.trees import expanded
+from stepwire.arrays.trees import Structure, Tree, expanded, flattened, is_nested
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.lifetimes.forks import Birthplace
 from stepwire.optimizers.gradient_treatment import check_scale
@@ -22,9 +24,8 @@ from stepwire.steps.carry import Carry
 from stepwire.steps.description import SessionDescription
 from stepwire.steps.gradient_feed import GradientFeed
 from stepwire.steps.notices import Notices, OnReady
+from stepwire.steps.reply_places import ReplyPlaces, is_listed
 from stepwire.transports.cuda.stand_ins import StandIn, stood_in
-from stepwire.transports.cuda.views import shows_parameters
-from stepwire.transports.host.memory import lies_in_parameters
 from stepwire.v1 import optimizer_pb2, step_pb2
 from stepwire.wire.dtypes import BFLOAT16, FLOAT32, INT8, dtype_from_wire, dtype_named, dtype_to_wire
 from stepwire.wire.messages import hyperparameters_from_wire, optimizer_from_wire, overrides_to_wire
@@ -37,6 +38,10 @@ Overrides: TypeAlias = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 Reply: TypeAlias = Literal["parameters", "none", "changed"]
 """The reply to a step: all parameters, none of them, or the parameters that changed in bfloat16."""
 
+_NO_PLACES: Final[Flat] = ()
+_NONE_MISSING: Final[frozenset[int]] = frozenset()
+_NO_ROWS: Final[tuple[RowGradient, ...]] = ()
+_NONE_ON_DEVICE: Final[Mapping[int, StandIn]] = {}
 _REPLY_MODES: Final = {
     "parameters": step_pb2.REPLY_MODE_PARAMETERS,
     "none": step_pb2.REPLY_MODE_NONE,
@@ -90,8 +95,8 @@ class StepBuilder:
         self._optional = frozenset(tensor.spec.name for tensor in tensors if keeps or tensor.spec.frozen)
         self._indices = self._packer.layout.tensor_indices()
         order, elements = tuple(tensor.spec.name for tensor in tensors), sum(tensor.count for tensor in tensors)
-        self._given, self._out = (RecognisedArrays(order, elements, written=written) for written in (False, True))
-        self._apart: tuple[int, int] | None = None
+        self._given = RecognisedArrays(order, elements, written=False)
+        self._places = ReplyPlaces(self._packer)
         self._tables = {table.spec.name: index for index, table in self._packer.layout.tables.items()}
         self.notices = Notices()
         self._birthplace = Birthplace()
@@ -108,26 +113,69 @@ class StepBuilder:
         )
         self.notices.check()
 
-    def build(self, gradients: Arrays, options: StepOptions) -> tuple[StepCall, Container | None]:
+    def build_tree(
+        self, gradients: Arrays, options: StepOptions, structure: Structure
+    ) -> tuple[StepCall, Callable[[], Tree]]:
+        """Build a call as `build` does, and the function that makes its reply into what its caller gets.
+
+        Args:
+            gradients: the arrays, perhaps nested.
+            options: the options, whose `out` may be nested.
+            structure: the structure of the reply if tensors are left out.
+
+        Raises:
+            InvalidRequestError: as `build`.
+        """
+        out, known = options.out, None if self._tables else self._given.recalls(gradients)
+        known_out = None if out is None else self._places.recognise(out)
+        is_flat = known is not None or not is_nested(gradients)
+        if is_flat and (out is None or known_out is not None or not is_nested(out)):
+            call, reply = self.build(gradients, options, known, known_out)
+            return call, functools.partial(_arrived, call, reply, listed=is_listed(gradients))
+        given = flattened(gradients, "gradients")
+        out = None if out is None else flattened(out, "out").named
+        call, reply = self.build(given.named, dataclasses.replace(options, out=out))
+        if options.out is not None and reply is out:
+            return call, lambda: options.out
+        return call, lambda: given.structure.restored(_arrived(call, reply, listed=False), structure)
+
+    def build(
+        self,
+        gradients: Arrays,
+        options: StepOptions,
+        known: object | None = None,
+        known_out: object | None = None,
+    ) -> tuple[StepCall, Container | None]:
         """Check everything, and return the call without its number, and the container of its reply.
+
+        The container is None where `_arrived` finds it, as `ReplyPlaces.of` says.
+
+        Args:
+            gradients: the arrays, not nested.
+            options: the options, whose `out` is not nested.
+            known: how the gradients are recognised; see `RecognisedArrays.recalls`.
+            known_out: the mark of `out`; see `ReplyPlaces.recognise`.
 
         Raises:
             InvalidRequestError: names, shapes, dtypes or values are wrong; the message names them.
         """
-        sent, received = self._gradient_dtype, self._reply_dtype
-        if options.gradient_dtype is not None:
-            sent = dtype_named(options.gradient_dtype, "gradient_dtype", gradients=True)
-        if options.reply_dtype is not None:
-            received = dtype_named(options.reply_dtype, "reply_dtype")
-        if options.reply != "parameters":  # with which no other option is at odds
-            _check_reply(options, received)
+        sent, received = self._dtypes(options)
         begin = self._begin(options, sent, received)
-        flat, missing, rows, on_device = self._gradients(gradients, options, begin)
-        reply, targets = self._reply(gradients, options, received)
+        flat, missing, rows, on_device = (
+            (self._given.again(gradients), _NONE_MISSING, _NO_ROWS, _NONE_ON_DEVICE)
+            if known is not None
+            else self._gradients(gradients, options, begin)
+        )
+        mark = None if known is FITTING else known
+        views: Container | None = None
+        reply, targets = None, _NO_PLACES
+        if options.reply != "none":
+            reply, targets = self._places.of(gradients, options.out, known_out, received)
         row_targets = targets_of(rows, received) if rows and reply is not None else ()
-        if options.out is not None:
-            self._check_apart(flat, targets)
-        views = reply if reply is not options.out and options.out is not None else None
+        if reply is not None and reply is options.out:
+            self._places.check_apart(flat, targets, mark, known_out)
+        elif options.out is not None:
+            views = [] if is_listed(gradients) else {}
         call = StepCall(
             begin,
             flat,
@@ -138,18 +186,34 @@ class StepBuilder:
             feedback=self._carry.feedback if sent == INT8 else None,
             views=views,
             patched=self._carry.patched(begin) if options.reply == "changed" else None,
-            on_tensor=None if options.on_tensor is None else self._notifier(options.on_tensor, reply),
+            on_tensor=None if options.on_tensor is None else self._notifier(options.on_tensor, reply, views, targets),
             decide=options.decide,
             feed=options.feed,
             on_device=on_device,
             rows=rows,
             row_targets=row_targets,
+            recognised=mark,
         )
         return call, self._with_rows(reply, row_targets) if self._tables else reply
 
+    def _dtypes(self, options: StepOptions) -> tuple[np.dtype[Any], np.dtype[Any]]:
+        """Return the encodings of the gradient and of the reply.
+
+        Raises:
+            InvalidRequestError: one is none, or the reply's is at odds with other options.
+        """
+        sent, received = self._gradient_dtype, self._reply_dtype
+        if options.gradient_dtype is not None and options.gradient_dtype is not sent:
+            sent = dtype_named(options.gradient_dtype, "gradient_dtype", gradients=True)
+        if options.reply_dtype is not None and options.reply_dtype is not received:
+            received = dtype_named(options.reply_dtype, "reply_dtype")
+        if options.reply != "parameters":  # with which no other option is at odds
+            _check_reply(options, received)
+        return sent, received
+
     def _gradients(
         self, gradients: Arrays, options: StepOptions, begin: step_pb2.StepBegin
-    ) -> tuple[Flat, frozenset[int], tuple[RowGradient, ...], dict[int, StandIn]]:
+    ) -> tuple[Flat, frozenset[int], tuple[RowGradient, ...], Mapping[int, StandIn]]:
         """Check the gradients, and note in `begin` which of them came.
 
         Returns:
@@ -158,8 +222,6 @@ class StepBuilder:
         Raises:
             InvalidRequestError: a gradient or an option is wrong.
         """
-        if not self._tables and self._given.knows(gradients):
-            return self._given.again(gradients), frozenset(), (), {}
         given, rows = self._parted(gradients, options)
         given, on_device = stood_in(given)
         flat, missing = self._present(given)
@@ -256,48 +318,22 @@ class StepBuilder:
             begin.weight = number(options.weight, "weight")
         return begin
 
-    def _reply(self, gradients: Arrays, options: StepOptions, received: np.dtype[Any]) -> tuple[Container | None, Flat]:
-        """Return the container of the reply, as the user sees it, and its arrays in layout order."""
-        if options.reply == "none":
-            return None, ()
-        out = options.out
-        if self._out.knows(out):
-            return out, self._out.again(out)
-        if out is not None and not _shows_parameters(out):
-            return out, self._out.views(out, lambda: self._packer.targets(out, "out"))
-        as_list = not isinstance(gradients, Mapping)
-        allocate = self._packer.allocate_dense if self._tables else self._packer.allocate
-        reply, targets = allocate(received, as_list=as_list)
-        if isinstance(reply, dict) and reply.keys() == gradients.keys():  # type: ignore[union-attr]
-            reply = {name: reply[name] for name in gradients}
-        return reply, targets
-
-    def _check_apart(self, flat: Flat, targets: Flat) -> None:
-        """Refuse a reply over the gradient: it may break off, and then the gradient is sent, or told, again."""
-        versions = (self._given.version, self._out.version)
-        if versions == self._apart:
-            return
-        for index, (gradient, target) in enumerate(zip(flat, targets, strict=True)):
-            if np.may_share_memory(gradient, target):
-                name = self._packer.layout.tensors[index].spec.name
-                raise InvalidRequestError.of(
-                    f"out[{name!r}]", "the array shares memory with the gradient, which a repetition needs; use another"
-                )
-        self._apart = versions
-
     def _index(self, name: str) -> int:
         if (index := self._indices.get(name)) is None:
             raise InvalidRequestError.of("reply_first", f"{name!r} is not a tensor of this session")
         return index
 
-    def _notifier(self, notify: OnReady, reply: Container | None) -> OnTensor | None:
-        if reply is None:
+    def _notifier(
+        self, notify: OnReady, reply: Container | None, views: Container | None, targets: Flat
+    ) -> OnTensor | None:
+        if targets is _NO_PLACES:
             return None
         tensors = self._packer.layout.tensors
 
         def arrived(index: int) -> None:
             name = tensors[index].spec.name
-            values = reply[name] if isinstance(reply, Mapping) else reply[int(name)]
+            named: Any = reply if reply is not None else views or cast(Ranges, targets).container
+            values = named[name] if isinstance(named, Mapping) else named[int(name)]
             self.notices.give("on_tensor", notify, name, values)
 
         return arrived
@@ -315,10 +351,13 @@ class StepBuilder:
         ]
 
 
-def _shows_parameters(out: Container) -> bool:
-    """Tell whether a reply needs no copy: all its arrays came from `Session.shared_parameters`."""
-    arrays = list(out.values()) if isinstance(out, Mapping) else list(out) if isinstance(out, list) else []
-    return bool(arrays) and all(shows_parameters(array) or lies_in_parameters(array) for array in arrays)
+def _arrived(call: StepCall, reply: Container | None, *, listed: bool) -> Any:
+    """Return the container of a reply that has come: the one that is known, or that of the arrays; an empty one."""
+    if reply is not None:
+        return reply
+    if type(targets := call.targets) is Ranges:
+        return call.views or targets.made()[1]
+    return [] if listed else {}
 
 
 def _check_reply(options: StepOptions, received: np.dtype[Any]) -> None:

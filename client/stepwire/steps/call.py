@@ -12,10 +12,12 @@ import numpy.typing as npt
 
 from stepwire.arrays.error_feedback import ErrorFeedback, PendingResidual
 from stepwire.arrays.packing import ChunkLayout, Container, Flat, Packer
+from stepwire.arrays.ranges import Ranges
 from stepwire.arrays.rows import RowGradient, RowPart, RowTarget, row_parts
 from stepwire.steps.gradient_feed import GradientFeed
 from stepwire.steps.trace import StepTrace
 from stepwire.transports.cuda.stand_ins import StandIn
+from stepwire.transports.packets import PacketLane
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import step_pb2
 from stepwire.wire.dtypes import elements_within, wire_bytes, wire_items
@@ -52,10 +54,12 @@ class StepCall:
         row_targets: the places of the rows that come back.
         on_device: by index, the gradients that lie in memory of a device; see `bring`.
         commit: the end of the step. A decision is kept here, so that a repetition brings it at once.
+        recognised: the mark of gradients that came before; see `RecognisedArrays`. None for others.
         record: the messages of the step, as they are sent, for a replay window; None to keep none.
         recorded: the messages of a step that is sent again from a replay window; None for any other step.
         trace: the trace of the step; None without one.
         begun: its opening was sent alone, so the messages have none.
+        lane: the packet lane that it is under way on, so that its reply alone is missing there; None for none.
         sent: the step was sent before, by this call or by one with the same gradient and options, and not refused. Only
             then may the server's last step be the step of this call.
     """
@@ -76,16 +80,23 @@ class StepCall:
     row_targets: tuple[RowTarget, ...] = ()
     on_device: Mapping[int, StandIn] = dataclasses.field(default_factory=dict)
     commit: step_pb2.StepCommit = dataclasses.field(default_factory=step_pb2.StepCommit)
+    recognised: object | None = None
     record: list[bytes] | None = None
     recorded: Sequence[bytes] | None = None
     sent: bool = False
     begun: bool = False
+    lane: PacketLane | None = None
     trace: StepTrace | None = None
 
     @property
     def wants_reply(self) -> bool:
         """Tell whether parameters come back."""
         return self.begin.reply.mode != step_pb2.REPLY_MODE_NONE
+
+    def prepare(self) -> None:
+        """Make the arrays of the reply. Before this one thread may ask for them, and after it any number."""
+        if type(targets := self.targets) is Ranges:
+            targets.made()
 
     def messages(self, packer: Packer, chunk_bytes: int, *, again: bool) -> Iterable[bytes]:
         """Return the messages of the step: a list of the only one, or an iterator that makes each when it is asked for.

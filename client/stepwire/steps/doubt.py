@@ -77,6 +77,10 @@ class Doubt:
             return None
         return cls(call.begin.step, _fingerprint(call), _options(call), acquisitions, call.feedback)
 
+    def under(self, acquisitions: int) -> Doubt:
+        """Return the same doubt under another link's hold of the worker, which has come along."""
+        return dataclasses.replace(self, acquisitions=acquisitions)
+
     def covers(self, call: StepCall) -> bool:
         """Tell whether a call is the same step again: the same gradient, with the same options.
 

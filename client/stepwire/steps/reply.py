@@ -77,6 +77,10 @@ class ReplyReader:
             raise UnavailableError(f"the reply to step {call.begin.step} lacks {self._rows.missing} rows")
         if self._shared is not None:
             read_shared_reply(self._shared, call)
+        elif call.on_tensor is not None:
+            for index, tensor in enumerate(self._packer.layout.tensors):
+                if not (tensor.count or tensor.spec.table):  # no chunk brings it
+                    call.on_tensor(index)
         if call.patched is not None:
             size = self._packer.layout.size
             self._packer.read(call.targets, self._packer.ranges(0, size), call.patched)

@@ -44,9 +44,11 @@ def shared_message(shared: SharedArrays, call: StepCall, *, again: bool) -> byte
         if call.record is not None:  # of an attempt over another stream
             call.record.clear()
         shared.write(call)
-    message = pb.AttachRequest(commit=call.commit)
-    message.begin.CopyFrom(call.begin)
-    message.begin.in_shared_memory = True
+    message = pb.AttachRequest()
+    begin = message.begin
+    begin.CopyFrom(call.begin)
+    begin.in_shared_memory = True
+    message.commit.CopyFrom(call.commit)
     return message.SerializeToString()
 
 

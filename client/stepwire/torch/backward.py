@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from stepwire.connection.errands import run, undelivered
-from stepwire.errors import DeadlineExceededError, InvalidRequestError, UnavailableError
+from stepwire.errors import DeadlineExceededError, InvalidRequestError, UnavailableError, UnsupportedFeatureError
 from stepwire.lifetimes.endings import ENDINGS
 from stepwire.lifetimes.weak_calls import weak_call
 from stepwire.steps.gradient_feed import GradientFeed
@@ -151,6 +151,10 @@ class BackwardSender:
             return run(functools.partial(_reply, begun))
         except (UnavailableError, DeadlineExceededError, CancelledError):
             return None  # the caller sends the same step, by its number if it was sent before
+        except UnsupportedFeatureError as error:
+            if error.metadata.get("field") != "feed":
+                raise
+            return None  # the session has moved to several servers, which take the whole gradient
 
     def _holds(self, begun: _Begun) -> bool:
         """Tell whether the step that was begun has the present gradients."""

@@ -192,8 +192,8 @@ class LiveState(MutableMapping[Any, Any]):
             tensor.keeper = None
             return
         memory.copy_(value)
+        self._used[id(tensor)] = tensor  # before it has the moment: an interrupt in between has it used once more
         tensor.moment = self._moment
-        self._used[id(tensor)] = tensor
 
     def read(self, entry: StateEntry) -> None:
         """Put the present slots into an entry; see `EntryKeeper`."""

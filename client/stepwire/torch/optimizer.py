@@ -316,8 +316,9 @@ class RemoteOptimizer(torch.optim.Optimizer):
             extra = ExtraState(*(ours.get(name, {}) for name in ExtraState._fields))
             self.backing.load(entries, extra, self.param_groups)
         kept: dict[Any, Any] = {key: value for key, value in given["state"].items() if key not in states}
-        for parameter, entry in zip(parameters, states.values(), strict=True):
-            if own := {key: value for key, value in entry.items() if key not in STATE_KEYS}:
+        for parameter, (index, entry) in zip(parameters, states.items(), strict=True):
+            own = {key: value for key, value in entry.items() if key not in STATE_KEYS}
+            if own or (index in given["state"] and not entry):  # torch's state has empty entries too
                 kept[parameter] = own
         self.state.replaced(kept)
 

@@ -45,9 +45,9 @@ class RemoteOptions:
         tables: the names of parameters, or of modules, that are tables from the first session on: their gradients are
             sparse, and a step sends and gets their rows alone. Another parameter becomes a table with its first sparse
             gradient, and the state moves to another session once.
-        row_semantics: the meaning of a step for the rows of sparse gradients, `"torch_sparse"` or `"global"`; see
-            `docs/embeddings.md`. By default that of torch's optimizer of the same name: SGD and Adagrad have one, and
-            the others refuse sparse gradients.
+        row_semantics: the meaning of a step for the rows of sparse gradients: `"torch_sparse"`, `"global"`, or, for
+            parameters that `tables` names, `"row_counter"` or `"skipped"`; see `docs/embeddings.md`. By default that
+            of torch's optimizer of the same name: SGD and Adagrad have one, and the others refuse sparse gradients.
         telemetry: the content of `last_result`, as for `Client.create_session`. `"none"` with `non_finite="allow"`
             omits a pass over the gradient, which torch's optimizers do not make either.
         durability: the steps that survive a loss of the server, as for `Client.create_session`.

@@ -14,7 +14,7 @@ import torch
 from stepwire.errors import UnsupportedFeatureError
 from stepwire.torch.rules import Group
 from stepwire.torch.samples import Samples
-from stepwire.torch.tensors import ParameterTensor
+from stepwire.torch.tensors import ParameterTensor, marks_of, touch
 from stepwire.wire.dtypes import FLOAT32
 
 __all__ = ["Parameters"]
@@ -58,6 +58,10 @@ class Parameters:
                 self.tensors.append(ParameterTensor(name, parameter))
                 self.membership[name] = index
         _refuse_overlaps(self.tensors)
+        self._parameters = [tensor.parameter for tensor in self.tensors]
+        self._identities = list(map(id, self._parameters))
+        self._counts = [len(group["params"]) for group in groups]
+        self._forms = [(parameter.dtype, parameter.shape) for parameter in self._parameters]
         self._samples = Samples(self.tensors)
         self._told = False
         self.sparse: frozenset[str] = frozenset()
@@ -110,13 +114,10 @@ class Parameters:
 
     def are_of(self, groups: Sequence[Group]) -> bool:
         """Tell whether groups have these parameters, in these groups and in the dtypes and shapes of the session."""
-        given = [(index, parameter) for index, group in enumerate(groups) for parameter in group["params"]]
-        if len(given) != len(self.tensors):
+        given = [parameter for group in groups for parameter in group["params"]]
+        if list(map(id, given)) != self._identities or [len(group["params"]) for group in groups] != self._counts:
             return False
-        return all(
-            parameter is tensor.parameter and index == self.membership[tensor.name] and not tensor.is_recast
-            for (index, parameter), tensor in zip(given, self.tensors, strict=True)
-        )
+        return [(parameter.dtype, parameter.shape) for parameter in given] == self._forms
 
     def fetch(self) -> Arrays:
         """Return the present values, by name."""
@@ -131,12 +132,13 @@ class Parameters:
             InvalidRequestError: a gradient cannot be sent.
         """
         found = {
-            tensor.name: tensor.rows() if tensor.name in self.tables else tensor.gradient()
+            tensor.name: gradient
             for tensor in self.tensors
             if tensor.name not in but
+            and (gradient := tensor.rows() if tensor.name in self.tables else tensor.gradient()) is not None
         }
         self.synchronize()
-        return {name: gradient for name, gradient in found.items() if gradient is not None}
+        return found
 
     def shapes(self, names: Collection[str]) -> Arrays:
         """Return arrays in the shapes and dtypes of some tensors, by name, for a step whose gradients come later.
@@ -155,20 +157,31 @@ class Parameters:
 
     def stepped(self, reply: Any) -> None:
         """Copy the values of a step's reply into the parameters, and those that it wrote to `targets`."""
-        for tensor in self.tensors:
-            if tensor.name not in self.tables:
-                if self.tables:
-                    _write(tensor, reply[tensor.name])
+        if self.tables:
+            self._put(reply)
+        else:
+            for tensor in self.tensors:
                 tensor.settle()
-            elif (rows := reply[tensor.name]) is not None:
-                tensor.put_rows(rows)
+            touch(self.tensors)
         self.note()
+
+    def _put(self, reply: Any) -> None:
+        """Write the values of a reply with rows into the parameters."""
+        dense = [tensor for tensor in self.tensors if tensor.name not in self.tables]
+        for tensor in dense:
+            _write(tensor, reply[tensor.name])
+            tensor.settle()
+        touch(dense)
+        for tensor in self.tensors:
+            if tensor.name in self.tables and (rows := reply[tensor.name]) is not None:
+                tensor.put_rows(rows)
 
     def adopt(self, values: Mapping[str, Any]) -> None:
         """Write values of the session into the parameters."""
         for tensor in self.tensors:
             _write(tensor, values[tensor.name])
             tensor.settle()
+        touch(self.tensors)
         self.note()
 
     def uploaded(self) -> None:
@@ -184,8 +197,8 @@ class Parameters:
 
     def follow(self) -> None:
         """Note that the session has all present values."""
-        for tensor in self.tensors:
-            tensor.follow()
+        for tensor, mark in zip(self.tensors, marks_of(self._parameters), strict=True):
+            tensor.follow(mark)
         self.note()
 
     def note(self) -> None:
@@ -197,7 +210,14 @@ class Parameters:
 
         Torch counts changes. Of changes that torch does not count, samples reveal most.
         """
-        return [tensor for tensor in self.tensors if tensor.changed] or self._uncounted()
+        return self.counted() or self._uncounted()
+
+    def counted(self) -> list[ParameterTensor]:
+        """Return the tensors of which torch has counted a change since `stepped` or `follow`."""
+        followed, present = [tensor.followed for tensor in self.tensors], marks_of(self._parameters)
+        if followed == present:
+            return []
+        return [tensor for tensor, one, other in zip(self.tensors, followed, present, strict=True) if one != other]
 
     def _uncounted(self) -> list[ParameterTensor]:
         """Return the tensors with another content than the session, although torch has counted no change.
@@ -218,7 +238,7 @@ class Parameters:
 
     def synchronize(self) -> None:
         """Wait for the copies from GPUs that are under way."""
-        for device in {tensor.parameter.device for tensor in self.tensors if tensor.on_gpu}:
+        for device in {parameter.device for parameter in self._parameters if parameter.is_cuda}:
             torch.cuda.current_stream(device).synchronize()
 
 

@@ -75,7 +75,9 @@ class Placement:
         choice = self.session.transport
         if choice is None or choice.name in _WHOLE or self.parameters.tables:
             return False
-        if not self.fits(groups) or any(tensor.changed for tensor in self.parameters.tensors):
+        if len(self.session.shards) > 1:  # it has moved to several servers, which a gradient is split for
+            return False
+        if not self.fits(groups) or self.parameters.counted():
             return False
         return self.session.statistics().step_in_doubt is None
 

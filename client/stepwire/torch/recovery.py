@@ -12,7 +12,7 @@ import numpy.typing as npt
 from stepwire.errors import SessionNotFoundError, StepwireError
 from stepwire.session import Session
 from stepwire.torch.parameters import Arrays, Parameters
-from stepwire.torch.tensors import ParameterTensor
+from stepwire.torch.tensors import ParameterTensor, touch
 from stepwire.torch.views import SharedViews
 
 __all__ = ["Recovery"]
@@ -108,8 +108,7 @@ class Recovery:
         self._parameters.note()
         self._failed = failed._replace(left={name: array.copy() for name, array in self._parameters.fetch().items()})
         if torn:
-            for tensor in self._parameters.tensors:  # autograd must not use values that the reply may have replaced
-                tensor.touch()
+            touch(self._parameters.tensors)  # autograd must not use values that the reply may have replaced
             error.add_note(
                 f"The model's parameters may be those before step {step}, those after it, or a part of each, until the "
                 "optimizer reaches its session again. If the session is lost, load a checkpoint of the model."
@@ -172,6 +171,7 @@ def _restore(
     with np.errstate(over="ignore"):
         np.copyto(present, pulled.astype(present.dtype), where=~written)
     tensor.settle()
+    touch([tensor])
     if written.any():
         tensor.mark_changed()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
+import numpy as np
 import torch
 
 from stepwire.torch.tensors import ParameterTensor
@@ -50,7 +51,7 @@ class Samples:
 
 
 class _Group:
-    """The samples of parameters on one device with elements of one size, in one tensor."""
+    """The samples of parameters on one device with elements of one size, in one array: on the CPU NumPy's."""
 
     def __init__(self, tensors: Sequence[ParameterTensor]) -> None:
         self._tensors = tensors
@@ -59,33 +60,48 @@ class _Group:
         self._noted: Any = None
 
     def note(self) -> None:
-        locations = [tensor.location() for tensor in self._tensors]
+        locations = [tensor.followed_location for tensor in self._tensors]
         if locations != self._locations:
             self._sources = [_source(tensor) for tensor in self._tensors]
             self._locations = locations
         self._noted = self._present()
 
     def _present(self) -> Any:
-        return torch.cat([source() for source in self._sources])
+        samples = [source() for source in self._sources]
+        return np.concatenate(samples) if isinstance(samples[0], np.ndarray) else torch.cat(samples)
 
     def changed(self) -> list[ParameterTensor]:
-        if self._noted is None or torch.equal(now := self._present(), self._noted):
+        if self._noted is None or _equal(now := self._present(), self._noted):
             return []
-        counts = [len(source()) for source in self._sources]
-        parts = (now != self._noted).cpu().split(counts)
+        ends = np.cumsum([len(source()) for source in self._sources])
+        parts = np.split(_on_host(now != self._noted), ends[:-1])
         return [tensor for tensor, part in zip(self._tensors, parts, strict=True) if part.any()]
 
 
 def _source(tensor: ParameterTensor) -> Callable[[], Any]:
-    """Return a function that returns the present samples of a parameter, `(n,)` integers of its bits."""
+    """Return a function that returns the present samples of a parameter, `(n,)` integers of its bits.
+
+    They are an array of a parameter on the CPU, and a tensor of another one.
+    """
     real = tensor.real()
     bits = real.view(_BITS[real.element_size()])
     step = max(1, min(bits.numel() // _FEWEST, _LONGEST_STEP)) | 1
+    on_cpu = bits.device.type == "cpu"
     if not _is_dense(bits):
-        return lambda: bits.reshape(-1)[::step]
+        return lambda: _on_host(bits.reshape(-1)[::step]) if on_cpu else bits.reshape(-1)[::step]
     count = -(-bits.numel() // step)
     view = torch.as_strided(bits, (count,), (step,), bits.storage_offset())
-    return lambda: view
+    samples = _on_host(view) if on_cpu else view
+    return lambda: samples
+
+
+def _on_host(values: Any) -> Any:
+    """Return an array as it is, and a tensor as an array: over the same memory, if that is the host's."""
+    return values if isinstance(values, np.ndarray) else values.cpu().numpy()
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return bool(np.array_equal(one, other) if isinstance(one, np.ndarray) else torch.equal(one, other))
 
 
 def _is_dense(tensor: Any) -> bool:

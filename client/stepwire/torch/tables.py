@@ -37,13 +37,13 @@ class SparseGradients:
         moves every row that ever came by its momentum, as a dense step does.
 
         Raises:
-            UnsupportedFeatureError: the meaning needs numbers of rows, which no state dict has.
+            UnsupportedFeatureError: the meaning has one sum a row, and torch's state one of each element.
         """
         meaning = self._options.row_semantics
-        if meaning not in (None, "torch_sparse", "global"):
+        if meaning == "row_wise":
             raise UnsupportedFeatureError(
-                f"row_semantics: {meaning!r} is not served here, since state dicts have no numbers of rows; use "
-                "'torch_sparse' or 'global', or give the table a session of its own, by SparseAdam or RemoteEmbedding",
+                "row_semantics: 'row_wise' keeps one sum a row, and torch's state has one of each element; use "
+                "'torch_sparse', or RemoteEmbedding with this meaning",
                 metadata={"field": "row_semantics", "feature": "torch_row_semantics"},
             )
         if meaning is not None or not self._rule.takes_rows:
@@ -56,7 +56,7 @@ class SparseGradients:
         Raises:
             UnsupportedFeatureError: as `meaning`.
         """
-        return self.meaning(groups) == "torch_sparse"
+        return self.meaning(groups) not in (None, "global")
 
     def declare(self, parameters: Parameters, groups: Sequence[Group]) -> None:
         """Expect sparse gradients of the parameters that the options name.
@@ -73,7 +73,7 @@ class SparseGradients:
             if meaning is None:
                 raise InvalidRequestError.of("tables", f"{name!r} cannot be a table: {self._refusal}")
             self._check_alone(name, groups)
-        parameters.expect_sparse(declared, by_rows=meaning == "torch_sparse")
+        parameters.expect_sparse(declared, by_rows=self.by_rows(groups))
 
     def tables(self, parameters: Parameters, groups: Sequence[Group]) -> dict[str, RowSemantics]:
         """Return the tables of a session, by name, with their meaning."""
@@ -100,6 +100,7 @@ class SparseGradients:
                 metadata={"field": f"gradients[{names[0]!r}]"},
             )
         self._check_alone(names[0], groups)
+        self._check_movable(names[0], groups)
         by_rows = self.by_rows(groups)
         successor = parameters.regrouped(groups, by_rows=by_rows) if by_rows else parameters
         successor.expect_sparse(names, by_rows=by_rows)
@@ -118,11 +119,24 @@ class SparseGradients:
                 metadata={"field": "tables", "feature": "torch_tables"},
             )
 
+    def _check_movable(self, name: str, groups: Sequence[Group]) -> None:
+        """Refuse a table that comes late, and whose numbers of rows no state that moves has.
+
+        Raises:
+            UnsupportedFeatureError: the meaning has such numbers.
+        """
+        if (meaning := self.meaning(groups)) in ("row_counter", "skipped"):
+            raise UnsupportedFeatureError(
+                f"the gradient of {name!r} is sparse, and {name!r} no table yet; with row_semantics={meaning!r} name "
+                "tables from the beginning, by tables=[…], as no state that moves has numbers of rows",
+                metadata={"field": "tables", "feature": "torch_row_semantics"},
+            )
+
     @property
     def _refusal(self) -> str:
         name = self._rule.optimizer.__name__
         return (
-            f"{name} does not support sparse gradients, please consider SparseAdam instead; or name a meaning by "
+            f"{name} does not support sparse gradients, please consider SparseAdam instead; or name a meaning, such as "
             "row_semantics='torch_sparse' or 'global', or make the gradient dense, with Embedding(sparse=False)"
         )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Final
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -13,7 +14,7 @@ from stepwire.arrays.rows import Rows
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
 from stepwire.torch.sparse import rows_of_gradient
 
-__all__ = ["ParameterTensor", "from_numpy", "to_numpy", "version_of"]
+__all__ = ["Mark", "ParameterTensor", "from_numpy", "locations_of", "marks_of", "to_numpy", "touch", "version_of"]
 
 _DTYPES: Final = {
     torch.float32: np.dtype(np.float32),
@@ -21,7 +22,13 @@ _DTYPES: Final = {
     torch.float16: np.dtype(np.float16),
     torch.complex64: np.dtype(np.float32),
 }
+_NUMPY: Final = (np.dtype(np.float32), np.dtype(np.float16))
+"""The dtypes that NumPy and torch have in common."""
+
 _DEVICES: Final = ("cpu", "cuda")
+
+Mark: TypeAlias = tuple[object, ...]
+"""A parameter's version, and the location of its values; see `marks_of`."""
 
 
 class ParameterTensor:
@@ -52,27 +59,28 @@ class ParameterTensor:
         self.shape: tuple[int, ...] = tuple(_real(parameter.detach()).shape)
         self.dtype = _DTYPES[parameter.dtype]
         self.made_dense = False
-        self._form = parameter.dtype, parameter.shape
+        self._is_numpys = self.dtype in _NUMPY
         self._location: tuple[object, ...] | None = None
         self._array: npt.NDArray[Any] = np.empty(0)
         self._direct = False
         self._copy: Any = None
         self._gradient_copy: Any = None
-        self._seen: tuple[object, ...] | None = None
+        self._seen: Mark | None = None
 
     @property
     def on_gpu(self) -> bool:
         """True for a parameter on a GPU, with asynchronous copies to and from the host."""
         return bool(self.parameter.is_cuda)
 
-    @property
-    def is_recast(self) -> bool:
-        """True if the parameter has another dtype or another shape than at first."""
-        return self._form != (self.parameter.dtype, self.parameter.shape)
-
     def array(self) -> npt.NDArray[Any]:
         """Return the array that replies are written to: the parameter's own memory, or its copy."""
         if self.location() != self._location:
+            if self.parameter.is_conj() or self.parameter.is_neg():  # what is written to it would be lost
+                raise InvalidRequestError.of(
+                    f"params[{self.name!r}]",
+                    "it is a view that conjugates or negates another tensor by now; make a copy of it with "
+                    "resolve_conj() or resolve_neg()",
+                )
             real = _real(self.parameter.detach())
             self._direct = real.device.type == "cpu" and real.is_contiguous()
             if not self._direct:
@@ -93,20 +101,14 @@ class ParameterTensor:
         return array
 
     def settle(self) -> None:
-        """Copy the values that were written to `array` into the parameter."""
+        """Copy the values that were written to `array` into the parameter; `touch` tells of them."""
         if not self._direct:
             with torch.no_grad():
                 _real(self.parameter.detach()).copy_(self._copy, non_blocking=True)
-        self.touch()
 
-    def touch(self) -> None:
-        """Tell autograd that the parameter has changed, as torch's optimizers do, and note the change as our own."""
-        torch.autograd.graph.increment_version(self.parameter)
-        self.follow()
-
-    def follow(self) -> None:
-        """Note that the session has the parameter's present values."""
-        self._seen = self._mark()
+    def follow(self, mark: Mark | None = None) -> None:
+        """Note that the session has the parameter's present values; `mark` is their mark, if it is known."""
+        self._seen = mark or mark_of(self.parameter)
 
     def mark_changed(self) -> None:
         """Note that the session lacks the parameter's present values."""
@@ -115,15 +117,21 @@ class ParameterTensor:
     @property
     def changed(self) -> bool:
         """True if torch has counted a change of the parameter since `follow`; it counts no change through `.data`."""
-        return self._seen != self._mark()
+        return self._seen != mark_of(self.parameter)
 
-    def _mark(self) -> tuple[object, ...]:
-        return version_of(self.parameter), *self.location()
+    @property
+    def followed(self) -> Mark | None:
+        """The mark of the values that the session has; None where it lacks the present ones."""
+        return self._seen
+
+    @property
+    def followed_location(self) -> tuple[object, ...]:
+        """The location of the values that the session has; that of the present ones where it lacks them."""
+        return self.location() if self._seen is None else self._seen[1:]
 
     def location(self) -> tuple[object, ...]:
         """Return the place of the values in memory, and their form."""
-        # The address alone would miss `parameter.data = parameter.data.t()`: the same memory in another order.
-        return self.parameter.data_ptr(), self.parameter.dtype, self.parameter.shape, self.parameter.stride()
+        return locations_of((self.parameter,))[0]
 
     def gradient(self) -> npt.NDArray[Any] | None:
         """Return the gradient; None without one. Values of a GPU are complete after a synchronisation.
@@ -134,6 +142,14 @@ class ParameterTensor:
         gradient = self.parameter.grad
         if gradient is None:
             return None
+        if self._is_numpys and not self.parameter.is_cuda:
+            try:  # what is neither sparse, nor elsewhere, nor conjugated or negated, nor followed by autograd
+                array: npt.NDArray[Any] = gradient.numpy()
+            except (RuntimeError, TypeError):
+                pass
+            else:
+                if array.dtype == self.dtype and array.flags.c_contiguous:
+                    return array
         if self.made_dense and gradient.layout == torch.sparse_coo:
             gradient = gradient.to_dense()
         self._check_gradient(gradient)
@@ -211,8 +227,45 @@ class ParameterTensor:
         return to_numpy(real).reshape(self.shape)
 
 
+def marks_of(parameters: Sequence[Any]) -> list[Mark]:
+    """Return the marks of parameters, which change with their values, but for changes that torch does not count.
+
+    A mark is the parameter's version, and the location of its values: their address and form. Torch has no public name
+    for the version, its count of changes in place.
+    """
+    return [(each._version, *at) for each, at in zip(parameters, locations_of(parameters), strict=True)]
+
+
+def locations_of(tensors: Iterable[Any]) -> list[tuple[object, ...]]:
+    """Return the place of the values of tensors in memory, and their form; with what torch does to them lazily.
+
+    Raises:
+        AttributeError: one is None.
+        RuntimeError: one is sparse.
+    """
+    # The address alone would miss `parameter.data = parameter.data.t()`: the same memory in another order.
+    return [(each.data_ptr(), each.dtype, each.shape, each.stride(), each.is_conj(), each.is_neg()) for each in tensors]
+
+
+def mark_of(parameter: Any) -> Mark:
+    """Return the mark of one parameter."""
+    return marks_of((parameter,))[0]
+
+
+def touch(tensors: Sequence[ParameterTensor]) -> None:
+    """Tell autograd that parameters have changed, as torch's optimizers do, and note the changes as our own."""
+    parameters = [tensor.parameter for tensor in tensors]
+    try:
+        torch.autograd.graph.increment_version(parameters)
+    except TypeError:  # older releases of torch take one tensor at a time
+        for parameter in parameters:
+            torch.autograd.graph.increment_version(parameter)
+    for tensor, mark in zip(tensors, marks_of(parameters), strict=True):
+        tensor.follow(mark)
+
+
 def version_of(tensor: Any) -> int:
-    """Return torch's count of a tensor's changes in place; torch has no public name for the count."""
+    """Return torch's count of a tensor's changes in place."""
     version: int = tensor._version
     return version
 

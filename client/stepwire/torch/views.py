@@ -14,7 +14,7 @@ from stepwire.errors import UnsupportedFeatureError
 from stepwire.session import Session
 from stepwire.torch.gradient_hooks import GradientHooks
 from stepwire.torch.parameters import Arrays, Parameters
-from stepwire.torch.tensors import ParameterTensor, from_numpy
+from stepwire.torch.tensors import ParameterTensor, from_numpy, locations_of, touch
 from stepwire.transports.host.pages import has_written_pages
 
 __all__ = ["SharedViews", "check_dtypes"]
@@ -56,6 +56,7 @@ class SharedViews:
         self._gradient_tensors = {
             tensor.name: _tensor(tensor, self._gradients[tensor.name]) for tensor in self._parameters.tensors
         }
+        self._places = locations_of(self._gradient_tensors.values())
         self._parameter_tensors = {
             tensor.name: _tensor(tensor, private[tensor.name]) for tensor in self._parameters.tensors
         }
@@ -95,12 +96,22 @@ class SharedViews:
         Raises:
             InvalidRequestError: as `Parameters.gradients`.
         """
+        if self._are_placed():
+            return dict(self._gradients)
         placed = {
             tensor.name: self._gradients[tensor.name]
             for tensor in self._parameters.tensors
             if _same_elements(tensor.parameter.grad, self._gradient_tensors[tensor.name])
         }
         return placed | self._parameters.gradients(but=placed)
+
+    def _are_placed(self) -> bool:
+        """Tell whether all gradients are in the session's memory, as `_same_elements` does of one."""
+        gradients = [tensor.parameter.grad for tensor in self._parameters.tensors]
+        try:
+            return locations_of(gradients) == self._places
+        except (AttributeError, RuntimeError):  # one is None, or sparse
+            return False
 
     def targets(self) -> Any:
         """Return the shared memory as the target of a reply, which is then not copied."""
@@ -112,7 +123,7 @@ class SharedViews:
         The kernel tells of every page that was written, through `.data` too. Where it does not tell, and while pages
         are written that the server has, samples reveal most changes.
         """
-        counted = [tensor for tensor in self._parameters.tensors if tensor.changed]
+        counted = self._parameters.counted()
         if counted or self._dirty or self._area is None:
             return counted or self._parameters.changed()
         return [] if has_written_pages(*self._area) is False else list(self._parameters.tensors)
@@ -130,14 +141,14 @@ class SharedViews:
     def stepped(self, reply: Any) -> None:
         """Follow the parameters after a step. Another connection has other shared memory."""
         first = self._parameters.tensors[0].name
-        if _address(reply[first]) != _address(self._replies[first]):
+        shown, before = reply[first], self._replies[first]
+        if shown is not before and _address(shown) != _address(before):
             self._move(reply)
         elif self._dirty:
             self._dirty = False
             self._session.forget_writes()
             self._rebind()
-        for tensor in self._parameters.tensors:
-            tensor.touch()
+        touch(self._parameters.tensors)
         if self._area is None:
             self._parameters.note()
 
@@ -204,8 +215,8 @@ def _area(private: Sequence[Any]) -> tuple[int, int] | None:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Tell whether two tensors begin at one place in memory."""
-    if one is None or one.layout != torch.strided or one.dtype != other.dtype:
+    """Tell whether two tensors begin at one place in memory, and the first means what lies there, as the other does."""
+    if one is None or one.layout != torch.strided or one.dtype != other.dtype or one.is_conj() or one.is_neg():
         return False
     return bool(one.data_ptr() == other.data_ptr())
 

@@ -8,7 +8,10 @@ status: so errors, deadlines and cancellation are those of a stream.
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import os
+import select
 import socket
 import threading
 import weakref
@@ -20,30 +23,46 @@ import numpy as np
 from stepwire.connection.retry import Deadline
 from stepwire.connection.stream import AttachedStream, deadline_passed
 from stepwire.errors import UnavailableError
-from stepwire.transports.handoff import bound_waits, handed_over
+from stepwire.transports.handoff import handed_over
 from stepwire.transports.host.memory import DESCRIPTORS, SharedMemory
+from stepwire.transports.spin import Spin, spin_microseconds
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import transport_pb2
 from stepwire.wire.frames import Frame, read_frame
 from stepwire.wire.packets import REPLY_BYTES
 
-__all__ = ["PacketLane", "fetch_lane"]
+__all__ = ["NO_SIGNAL", "PacketLane", "fetch_lane", "is_end"]
 
 _OVER_STREAM: Final = pb.AttachRequest(over_stream=True).SerializeToString()
+NO_SIGNAL: Final[int] = getattr(socket, "MSG_NOSIGNAL", 0)
+"""The flags of a sending: a server that has gone is no signal."""
+
+_ENDS: Final = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.EBADF, errno.ESHUTDOWN})
 _BOUND_SECONDS: Final = 1e-3
-_FLAGS: Final = getattr(socket, "MSG_NOSIGNAL", 0)
+_LONGEST_SECONDS: Final = float(1 << 30)
 
 _open: weakref.WeakSet[PacketLane] = weakref.WeakSet()
 
 
 class PacketLane:
-    """The client's end of one lane. Closes twice without complaint."""
+    """The client's end of one lane. Closes twice without complaint.
+
+    Attributes:
+        put: sends one message, with `NO_SIGNAL`; an error that `is_end` at the end of the lane. It is C in one piece,
+            and never waits.
+    """
 
     def __init__(self, end: socket.socket, stream: AttachedStream) -> None:
         """Own a socket from now on, for the messages of a stream."""
         self._end = end
         self._stream = stream
-        self._bound_seconds = 0.0
+        self.put = end.send
+        self._bound_seconds = -1.0
+        waits = select.poll()
+        waits.register(end, select.POLLIN)
+        moment = spin_microseconds()
+        self._spin, self._is_ready = Spin(moment) if moment else None, functools.partial(waits.poll, 0)
+        self._unread: bytes | None = None
         self._lock = threading.Lock()  # no descriptor is shut down after its number belongs to another socket
         self._received = np.empty(REPLY_BYTES + 1, np.uint8).data  # whose pages exist from their first use on
         self._close = weakref.finalize(self, end.close)  # also when nobody closes it: its session was dropped
@@ -55,8 +74,7 @@ class PacketLane:
         Raises:
             StepwireError: the server's refusal, a broken connection, or the deadline.
         """
-        with deadline.within(self._end_waits):
-            self._bound(deadline.remaining())
+        with deadline.within(self.end_waits):
             self.send(messages)
             while True:
                 yield read_frame(pb.AttachResponse, self._receive(deadline))
@@ -65,25 +83,53 @@ class PacketLane:
         """Send more messages within an exchange. A server that has gone shows itself at the next reply."""
         for message in messages:
             try:
-                self._end.send(message, _FLAGS)
-            except OSError:
+                self.put(message, NO_SIGNAL)
+            except OSError as error:
+                if not is_end(error):
+                    raise
                 return
 
     def announce(self) -> None:
         """Tell the server that the next step comes over the stream."""
         self.send([_OVER_STREAM])
 
-    def close(self) -> None:
-        """Close the lane; the stream stays."""
-        with self._lock:
-            self._close()
+    def receive(self, seconds: float) -> bytes | None:
+        """Wait for the next message, and return it: no bytes at the end of the lane, None if none came in time.
+
+        Handlers of signals run meanwhile. However often they do, the time is that of the whole wait.
+        """
+        if (unread := self._unread) is not None:
+            self._unread = None
+            return unread
+        if self._spin is not None:
+            self._spin.wait(self._is_ready)
+        try:
+            self._bound(seconds)
+            return bytes(self._received[: self._end.recv_into(self._received)])
+        except TimeoutError as error:
+            if not _is_timeout(error):
+                raise
+            return None
+        except OSError as error:  # the server has ended the lane, and left messages unread; or it is closed
+            if not is_end(error):
+                raise
+            return b""
 
     def _bound(self, seconds: float) -> None:
-        """Bound the waits in the kernel; most steps have the bound of the step before, within a millisecond."""
+        """Bound the waits; most steps have the bound of the step before, within a millisecond."""
         if not seconds <= self._bound_seconds <= seconds + _BOUND_SECONDS:
-            self._bound_seconds = seconds + _BOUND_SECONDS / 2
-            with contextlib.suppress(OSError):  # closed at the end of the process, which the next reply shows
-                bound_waits(self._end, self._bound_seconds)
+            self._bound_seconds = min(seconds, _LONGEST_SECONDS) + _BOUND_SECONDS / 2
+            self._end.settimeout(self._bound_seconds)
+
+    def give_back(self, message: bytes) -> None:
+        """Have a message received again."""
+        self._unread = message
+
+    def close(self) -> None:
+        """Close the lane; the stream stays."""
+        self.end_waits()
+        with self._lock:
+            self._close()
 
     def forked(self) -> None:
         """Leave the lane to the parent, in a child."""
@@ -91,22 +137,28 @@ class PacketLane:
         self._close()
 
     def _receive(self, deadline: Deadline) -> bytes:
-        try:
-            count = self._end.recv_into(self._received)
-        except BlockingIOError:
-            raise deadline_passed(deadline) from None
-        except OSError:  # the server has ended the lane, and left messages unread
-            count = 0
-        if not count:
+        if (message := self.receive(deadline.remaining())) is None:
+            raise deadline_passed(deadline)
+        if not message:
             raise self._stream.ended(deadline)
-        if count > REPLY_BYTES:
+        if len(message) > REPLY_BYTES:
             raise UnavailableError(f"a packet of the server has more than {REPLY_BYTES} bytes; attach again")
-        return bytes(self._received[:count])
+        return message
 
-    def _end_waits(self) -> None:
+    def end_waits(self) -> None:
         """End the wait of another thread."""
         with self._lock, contextlib.suppress(OSError):  # closed meanwhile
             self._end.shutdown(socket.SHUT_RDWR)
+
+
+def is_end(error: OSError) -> bool:
+    """Tell that an error is a socket's, at the end of its lane. The handler of a signal may raise an OSError, too."""
+    return error.errno in _ENDS
+
+
+def _is_timeout(error: TimeoutError) -> bool:
+    """Tell that the wait itself was over. The handler of a signal, or another thread, may raise such an error, too."""
+    return error.args == ("timed out",) and error.__traceback__ is not None and error.__traceback__.tb_next is None
 
 
 def _after_fork() -> None:

@@ -103,7 +103,7 @@ class Router:
 
     def _ask(self, deadline: Deadline) -> pb.GetServerInfoResponse:
         try:
-            return _info(self.calls, deadline.remaining())
+            return _info(self.calls, deadline)
         except UnavailableError:
             raise
         except StepwireError:  # a server without this call offers nothing beyond its target
@@ -115,7 +115,7 @@ class Router:
             return self.calls, {"uds": problem}
         calls = self._over(info.local.unix_socket)
         try:
-            other = _info(calls, min(_TEST_SECONDS, deadline.remaining()))
+            other = _info(calls, max(min(_TEST_SECONDS, deadline.remaining()), _LEAST_SECONDS))
         except StepwireError as failed:
             return self.calls, {"uds": f"the server does not answer on its socket {info.local.unix_socket}: {failed}"}
         if not info.instance_id or other.instance_id != info.instance_id:
@@ -217,8 +217,8 @@ class Route:
             _log.info("session %s: %s", self._session_id, choice)
 
 
-def _info(calls: Calls, seconds: float) -> pb.GetServerInfoResponse:
-    request, timeout = pb.GetServerInfoRequest(), max(seconds, _LEAST_SECONDS)
+def _info(calls: Calls, timeout: float | Deadline) -> pb.GetServerInfoResponse:
+    request = pb.GetServerInfoRequest()
     response: pb.GetServerInfoResponse = calls.unary("GetServerInfo", request, pb.GetServerInfoResponse, timeout)
     return response
 

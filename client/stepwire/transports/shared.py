@@ -32,6 +32,10 @@ class GradientSource(Protocol):
     def on_device(self) -> Mapping[int, StandIn]:
         """The gradients in memory of a device, by index."""
 
+    @property
+    def recognised(self) -> object | None:
+        """The mark of arrays that came before, and have not changed since but for their elements; None for others."""
+
     def bring(self, but: Collection[int] = ()) -> None:
         """Copy gradients from a device to the host, all but some."""
 

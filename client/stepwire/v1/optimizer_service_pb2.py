@@ -25,6 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from stepwire.v1 import attach_pb2 as stepwire_dot_v1_dot_attach__pb2
 from stepwire.v1 import checkpoint_pb2 as stepwire_dot_v1_dot_checkpoint__pb2
+from stepwire.v1 import move_pb2 as stepwire_dot_v1_dot_move__pb2
 from stepwire.v1 import server_pb2 as stepwire_dot_v1_dot_server__pb2
 from stepwire.v1 import session_pb2 as stepwire_dot_v1_dot_session__pb2
 try:
@@ -38,7 +39,7 @@ from stepwire.v1 import tensor_pb2 as stepwire_dot_v1_dot_tensor__pb2
 from stepwire.v1 import transport_pb2 as stepwire_dot_v1_dot_transport__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#stepwire/v1/optimizer_service.proto\x12\x0bstepwire.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18stepwire/v1/attach.proto\x1a\x1cstepwire/v1/checkpoint.proto\x1a\x18stepwire/v1/server.proto\x1a\x19stepwire/v1/session.proto\x1a\x17stepwire/v1/state.proto\x1a\x1cstepwire/v1/statistics.proto\x1a\x16stepwire/v1/step.proto\x1a\x18stepwire/v1/tensor.proto\x1a\x1bstepwire/v1/transport.proto\"\x16\n\x14GetServerInfoRequest\"\xac\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x14\n\x0cprotocol_min\x18\x02 \x01(\r\x12\x14\n\x0cprotocol_max\x18\x03 \x01(\r\x12\x13\n\x0binstance_id\x18\x04 \x01(\t\x12(\n\x07\x64\x65vices\x18\x05 \x03(\x0b\x32\x17.stepwire.v1.DeviceInfo\x12#\n\x06limits\x18\x06 \x01(\x0b\x32\x13.stepwire.v1.Limits\x12\x10\n\x08\x66\x65\x61tures\x18\x07 \x03(\t\x12\x10\n\x08sessions\x18\x08 \x01(\x04\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\'\n\x05local\x18\n \x01(\x0b\x32\x18.stepwire.v1.LocalAccess\x12\x13\n\x0bnot_serving\x18\x0b \x01(\t\"V\n\x14\x43reateSessionRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x1a.stepwire.v1.SessionConfig\"f\n\x15\x43reateSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwire.v1.Session\x12\x14\n\x0c\x61ttach_token\x18\x02 \x01(\x04\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\";\n\x12GetSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwire.v1.Session\"<\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x14ListSessionsResponse\x12&\n\x08sessions\x18\x01 \x03(\x0b\x32\x14.stepwire.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"@\n\x14\x44\x65leteSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x14\n\x0c\x61ttach_token\x18\x02 \x01(\x04\"-\n\x15\x44\x65leteSessionResponse\x12\x14\n\x0c\x61pplied_step\x18\x01 \x01(\x04\"\xd4\x02\n\rAttachRequest\x12*\n\x04open\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.AttachOpenH\x00\x88\x01\x01\x12*\n\x05\x62\x65gin\x18\x02 \x01(\x0b\x32\x16.stepwire.v1.StepBeginH\x01\x88\x01\x01\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.stepwire.v1.ChunkH\x02\x88\x01\x01\x12,\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x17.stepwire.v1.StepCommitH\x03\x88\x01\x01\x12,\n\x05\x63heck\x18\x05 \x01(\x0b\x32\x18.stepwire.v1.MemoryCheckH\x04\x88\x01\x01\x12\x13\n\x0bover_stream\x18\x06 \x01(\x08\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x07\n\x05_openB\x08\n\x06_beginB\x08\n\x06_chunkB\t\n\x07_commitB\x08\n\x06_check\"\xa1\x03\n\x0e\x41ttachResponse\x12.\n\x06opened\x18\x01 \x01(\x0b\x32\x19.stepwire.v1.AttachOpenedH\x00\x88\x01\x01\x12&\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.stepwire.v1.ChunkH\x01\x88\x01\x01\x12,\n\x06result\x18\x03 \x01(\x0b\x32\x17.stepwire.v1.StepResultH\x02\x88\x01\x01\x12\x37\n\x0egradient_check\x18\x04 \x01(\x0b\x32\x1a.stepwire.v1.GradientCheckH\x03\x88\x01\x01\x12\x30\n\x07\x63hecked\x18\x05 \x01(\x0b\x32\x1a.stepwire.v1.MemoryCheckedH\x04\x88\x01\x01\x12\x30\n\x08\x61\x64mitted\x18\x06 \x01(\x0b\x32\x19.stepwire.v1.StepAdmittedH\x05\x88\x01\x01\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\t\n\x07_openedB\x08\n\x06_chunkB\t\n\x07_resultB\x11\n\x0f_gradient_checkB\n\n\x08_checkedB\x0b\n\t_admitted\"\x7f\n\x0bStepRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\r\x12\x14\n\x0c\x61ttach_token\x18\x03 \x01(\x04\x12%\n\x05\x62\x65gin\x18\x04 \x01(\x0b\x32\x16.stepwire.v1.StepBegin\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"H\n\x0cStepResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.StepResult\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"\x8e\x01\n\x0bPullRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05slots\x18\x02 \x03(\t\x12!\n\x05\x64type\x18\x03 \x01(\x0e\x32\x12.stepwire.v1.Dtype\x12\x13\n\x0b\x63hunk_bytes\x18\x04 \x01(\x04\x12$\n\x04rows\x18\x05 \x03(\x0b\x32\x16.stepwire.v1.TableRows\"\xa9\x01\n\x0cPullResponse\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.PullHeaderH\x00\x88\x01\x01\x12\x0c\n\x04slot\x18\x02 \x01(\t\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.stepwire.v1.ChunkH\x01\x88\x01\x01\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\t\n\x07_headerB\x08\n\x06_chunk\"\xb2\x01\n\x0bLoadRequest\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x15.stepwire.v1.LoadOpenH\x00\x88\x01\x01\x12\x0c\n\x04slot\x18\x02 \x01(\t\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.stepwire.v1.ChunkH\x01\x88\x01\x01\x12\x0e\n\x06\x63ommit\x18\x04 \x01(\x08\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x07\n\x05_openB\x08\n\x06_chunk\"G\n\x0cLoadResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwire.v1.Session\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"9\n\x15SaveCheckpointRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"W\n\x16SaveCheckpointResponse\x12+\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.Checkpoint\x12\x10\n\x08replayed\x18\x02 \x01(\x08\",\n\x16ListCheckpointsRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"G\n\x17ListCheckpointsResponse\x12,\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x17.stepwire.v1.Checkpoint\";\n\x17VerifyCheckpointRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"G\n\x18VerifyCheckpointResponse\x12+\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.Checkpoint\";\n\x17\x44\x65leteCheckpointRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"\x1a\n\x18\x44\x65leteCheckpointResponse\"\xb4\x01\n\x0fRollbackRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x14\n\x0c\x61ttach_token\x18\x02 \x01(\x04\x12\x0c\n\x04load\x18\x03 \x01(\x04\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x19\n\x0c\x61pplied_step\x18\x05 \x01(\x04H\x01\x88\x01\x01\x12\x14\n\ncheckpoint\x18\x06 \x01(\tH\x00\x12\x0e\n\x04step\x18\x07 \x01(\x04H\x00\x42\x08\n\x06originB\x0f\n\r_applied_step\"K\n\x10RollbackResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwire.v1.Session\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"\xb5\x02\n\x12\x46orkSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x14\n\ncheckpoint\x18\x03 \x01(\tH\x00\x12\x0e\n\x04step\x18\x04 \x01(\x04H\x00\x12\x12\n\x05label\x18\x05 \x01(\tH\x01\x88\x01\x01\x12\x13\n\x06\x64\x65vice\x18\x06 \x01(\tH\x02\x88\x01\x01\x12(\n\x05lease\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\ndurability\x18\x08 \x01(\x0e\x32\x17.stepwire.v1.Durability\x12\x32\n\x0b\x63heckpoints\x18\t \x01(\x0b\x32\x1d.stepwire.v1.CheckpointPolicyB\x08\n\x06originB\x08\n\x06_labelB\t\n\x07_device\"d\n\x13\x46orkSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwire.v1.Session\x12\x14\n\x0c\x61ttach_token\x18\x02 \x01(\x04\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"C\n\x14GetStatisticsRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"p\n\x15GetStatisticsResponse\x12\'\n\x06server\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.ServerLoad\x12.\n\x08sessions\x18\x02 \x03(\x0b\x32\x1c.stepwire.v1.SessionProgress2\xb0\n\n\x10OptimizerService\x12V\n\rGetServerInfo\x12!.stepwire.v1.GetServerInfoRequest\x1a\".stepwire.v1.GetServerInfoResponse\x12V\n\rCreateSession\x12!.stepwire.v1.CreateSessionRequest\x1a\".stepwire.v1.CreateSessionResponse\x12M\n\nGetSession\x12\x1e.stepwire.v1.GetSessionRequest\x1a\x1f.stepwire.v1.GetSessionResponse\x12S\n\x0cListSessions\x12 .stepwire.v1.ListSessionsRequest\x1a!.stepwire.v1.ListSessionsResponse\x12V\n\rDeleteSession\x12!.stepwire.v1.DeleteSessionRequest\x1a\".stepwire.v1.DeleteSessionResponse\x12\x45\n\x06\x41ttach\x12\x1a.stepwire.v1.AttachRequest\x1a\x1b.stepwire.v1.AttachResponse(\x01\x30\x01\x12;\n\x04Step\x12\x18.stepwire.v1.StepRequest\x1a\x19.stepwire.v1.StepResponse\x12=\n\x04Pull\x12\x18.stepwire.v1.PullRequest\x1a\x19.stepwire.v1.PullResponse0\x01\x12=\n\x04Load\x12\x18.stepwire.v1.LoadRequest\x1a\x19.stepwire.v1.LoadResponse(\x01\x12Y\n\x0eSaveCheckpoint\x12\".stepwire.v1.SaveCheckpointRequest\x1a#.stepwire.v1.SaveCheckpointResponse\x12\\\n\x0fListCheckpoints\x12#.stepwire.v1.ListCheckpointsRequest\x1a$.stepwire.v1.ListCheckpointsResponse\x12_\n\x10VerifyCheckpoint\x12$.stepwire.v1.VerifyCheckpointRequest\x1a%.stepwire.v1.VerifyCheckpointResponse\x12_\n\x10\x44\x65leteCheckpoint\x12$.stepwire.v1.DeleteCheckpointRequest\x1a%.stepwire.v1.DeleteCheckpointResponse\x12G\n\x08Rollback\x12\x1c.stepwire.v1.RollbackRequest\x1a\x1d.stepwire.v1.RollbackResponse\x12P\n\x0b\x46orkSession\x12\x1f.stepwire.v1.ForkSessionRequest\x1a .stepwire.v1.ForkSessionResponse\x12X\n\rGetStatistics\x12!.stepwire.v1.GetStatisticsRequest\x1a\".stepwire.v1.GetStatisticsResponse0\x01\x42\x96\x01\n\x15io.github.stepwire.v1B\x15OptimizerServiceProtoP\x01Z9github.com/stepwire/stepwire/proto/stepwire/v1;stepwirev1\xaa\x02\x0bStepwire.V1\xca\x02\x0bStepwire\\V1\xea\x02\x0cStepwire::V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#stepwire/v1/optimizer_service.proto\x12\x0bstepwire.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18stepwire/v1/attach.proto\x1a\x1cstepwire/v1/checkpoint.proto\x1a\x16stepwire/v1/move.proto\x1a\x18stepwire/v1/server.proto\x1a\x19stepwire/v1/session.proto\x1a\x17stepwire/v1/state.proto\x1a\x1cstepwire/v1/statistics.proto\x1a\x16stepwire/v1/step.proto\x1a\x18stepwire/v1/tensor.proto\x1a\x1bstepwire/v1/transport.proto\"\x16\n\x14GetServerInfoRequest\"\xca\x02\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x14\n\x0cprotocol_min\x18\x02 \x01(\r\x12\x14\n\x0cprotocol_max\x18\x03 \x01(\r\x12\x13\n\x0binstance_id\x18\x04 \x01(\t\x12(\n\x07\x64\x65vices\x18\x05 \x03(\x0b\x32\x17.stepwire.v1.DeviceInfo\x12#\n\x06limits\x18\x06 \x01(\x0b\x32\x13.stepwire.v1.Limits\x12\x10\n\x08\x66\x65\x61tures\x18\x07 \x03(\t\x12\x10\n\x08sessions\x18\x08 \x01(\x04\x12\x10\n\x08\x64raining\x18\t \x01(\x08\x12\'\n\x05local\x18\n \x01(\x0b\x32\x18.stepwire.v1.LocalAccess\x12\x13\n\x0bnot_serving\x18\x0b \x01(\t\x12\r\n\x05shard\x18\x0c \x01(\t\x12\r\n\x05\x65poch\x18\r \x01(\x04\"V\n\x14\x43reateSessionRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x06\x63onfig\x18\x02 \x01(\x0b\x32\x1a.stepwire.v1.SessionConfig\"f\n\x15\x43reateSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwire.v1.Session\x12\x14\n\x0c\x61ttach_token\x18\x02 \x01(\x04\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\";\n\x12GetSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwire.v1.Session\"<\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"W\n\x14ListSessionsResponse\x12&\n\x08sessions\x18\x01 \x03(\x0b\x32\x14.stepwire.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"@\n\x14\x44\x65leteSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x14\n\x0c\x61ttach_token\x18\x02 \x01(\x04\"-\n\x15\x44\x65leteSessionResponse\x12\x14\n\x0c\x61pplied_step\x18\x01 \x01(\x04\"\xd4\x02\n\rAttachRequest\x12*\n\x04open\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.AttachOpenH\x00\x88\x01\x01\x12*\n\x05\x62\x65gin\x18\x02 \x01(\x0b\x32\x16.stepwire.v1.StepBeginH\x01\x88\x01\x01\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.stepwire.v1.ChunkH\x02\x88\x01\x01\x12,\n\x06\x63ommit\x18\x04 \x01(\x0b\x32\x17.stepwire.v1.StepCommitH\x03\x88\x01\x01\x12,\n\x05\x63heck\x18\x05 \x01(\x0b\x32\x18.stepwire.v1.MemoryCheckH\x04\x88\x01\x01\x12\x13\n\x0bover_stream\x18\x06 \x01(\x08\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x07\n\x05_openB\x08\n\x06_beginB\x08\n\x06_chunkB\t\n\x07_commitB\x08\n\x06_check\"\xa1\x03\n\x0e\x41ttachResponse\x12.\n\x06opened\x18\x01 \x01(\x0b\x32\x19.stepwire.v1.AttachOpenedH\x00\x88\x01\x01\x12&\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x12.stepwire.v1.ChunkH\x01\x88\x01\x01\x12,\n\x06result\x18\x03 \x01(\x0b\x32\x17.stepwire.v1.StepResultH\x02\x88\x01\x01\x12\x37\n\x0egradient_check\x18\x04 \x01(\x0b\x32\x1a.stepwire.v1.GradientCheckH\x03\x88\x01\x01\x12\x30\n\x07\x63hecked\x18\x05 \x01(\x0b\x32\x1a.stepwire.v1.MemoryCheckedH\x04\x88\x01\x01\x12\x30\n\x08\x61\x64mitted\x18\x06 \x01(\x0b\x32\x19.stepwire.v1.StepAdmittedH\x05\x88\x01\x01\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\t\n\x07_openedB\x08\n\x06_chunkB\t\n\x07_resultB\x11\n\x0f_gradient_checkB\n\n\x08_checkedB\x0b\n\t_admitted\"\x7f\n\x0bStepRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\r\x12\x14\n\x0c\x61ttach_token\x18\x03 \x01(\x04\x12%\n\x05\x62\x65gin\x18\x04 \x01(\x0b\x32\x16.stepwire.v1.StepBegin\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"H\n\x0cStepResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.StepResult\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\"\x9f\x01\n\x0bPullRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05slots\x18\x02 \x03(\t\x12!\n\x05\x64type\x18\x03 \x01(\x0e\x32\x12.stepwire.v1.Dtype\x12\x13\n\x0b\x63hunk_bytes\x18\x04 \x01(\x04\x12$\n\x04rows\x18\x05 \x03(\x0b\x32\x16.stepwire.v1.TableRows\x12\x0f\n\x07row_ids\x18\x06 \x03(\r\"\xa9\x01\n\x0cPullResponse\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.PullHeaderH\x00\x88\x01\x01\x12\x0c\n\x04slot\x18\x02 \x01(\t\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.stepwire.v1.ChunkH\x01\x88\x01\x01\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\t\n\x07_headerB\x08\n\x06_chunk\"\xb2\x01\n\x0bLoadRequest\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x15.stepwire.v1.LoadOpenH\x00\x88\x01\x01\x12\x0c\n\x04slot\x18\x02 \x01(\t\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.stepwire.v1.ChunkH\x01\x88\x01\x01\x12\x0e\n\x06\x63ommit\x18\x04 \x01(\x08\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x07\n\x05_openB\x08\n\x06_chunk\"G\n\x0cLoadResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwire.v1.Session\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"9\n\x15SaveCheckpointRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"W\n\x16SaveCheckpointResponse\x12+\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.Checkpoint\x12\x10\n\x08replayed\x18\x02 \x01(\x08\",\n\x16ListCheckpointsRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"G\n\x17ListCheckpointsResponse\x12,\n\x0b\x63heckpoints\x18\x01 \x03(\x0b\x32\x17.stepwire.v1.Checkpoint\";\n\x17VerifyCheckpointRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"G\n\x18VerifyCheckpointResponse\x12+\n\ncheckpoint\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.Checkpoint\";\n\x17\x44\x65leteCheckpointRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"\x1a\n\x18\x44\x65leteCheckpointResponse\"\xb4\x01\n\x0fRollbackRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x14\n\x0c\x61ttach_token\x18\x02 \x01(\x04\x12\x0c\n\x04load\x18\x03 \x01(\x04\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12\x19\n\x0c\x61pplied_step\x18\x05 \x01(\x04H\x01\x88\x01\x01\x12\x14\n\ncheckpoint\x18\x06 \x01(\tH\x00\x12\x0e\n\x04step\x18\x07 \x01(\x04H\x00\x42\x08\n\x06originB\x0f\n\r_applied_step\"K\n\x10RollbackResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwire.v1.Session\x12\x10\n\x08replayed\x18\x02 \x01(\x08\"\xb5\x02\n\x12\x46orkSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x14\n\ncheckpoint\x18\x03 \x01(\tH\x00\x12\x0e\n\x04step\x18\x04 \x01(\x04H\x00\x12\x12\n\x05label\x18\x05 \x01(\tH\x01\x88\x01\x01\x12\x13\n\x06\x64\x65vice\x18\x06 \x01(\tH\x02\x88\x01\x01\x12(\n\x05lease\x18\x07 \x01(\x0b\x32\x19.google.protobuf.Duration\x12+\n\ndurability\x18\x08 \x01(\x0e\x32\x17.stepwire.v1.Durability\x12\x32\n\x0b\x63heckpoints\x18\t \x01(\x0b\x32\x1d.stepwire.v1.CheckpointPolicyB\x08\n\x06originB\x08\n\x06_labelB\t\n\x07_device\"d\n\x13\x46orkSessionResponse\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.stepwire.v1.Session\x12\x14\n\x0c\x61ttach_token\x18\x02 \x01(\x04\x12\x10\n\x08replayed\x18\x03 \x01(\x08\"x\n\x14\x46reezeSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0f\n\x07move_id\x18\x02 \x01(\t\x12\x11\n\tlast_step\x18\x03 \x01(\x04\x12(\n\x05lease\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"e\n\x15\x46reezeSessionResponse\x12\x14\n\x0c\x61pplied_step\x18\x01 \x01(\x04\x12\x11\n\tlast_step\x18\x02 \x01(\x04\x12\x14\n\x0c\x61pplied_load\x18\x03 \x01(\x04\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\"9\n\x12ThawSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0f\n\x07move_id\x18\x02 \x01(\t\"\x15\n\x13ThawSessionResponse\"P\n\x14\x45xportSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0f\n\x07move_id\x18\x02 \x01(\t\x12\x13\n\x0b\x63hunk_bytes\x18\x03 \x01(\x04\"\xb6\x01\n\x15\x45xportSessionResponse\x12/\n\x07numbers\x18\x01 \x01(\x0b\x32\x19.stepwire.v1.StateNumbersH\x00\x88\x01\x01\x12\x0c\n\x04slot\x18\x02 \x01(\t\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.stepwire.v1.ChunkH\x01\x88\x01\x01\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\n\n\x08_numbersB\x08\n\x06_chunk\"\xea\x01\n\x14ImportSessionRequest\x12*\n\x04open\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.ImportOpenH\x00\x88\x01\x01\x12\x0c\n\x04slot\x18\x02 \x01(\t\x12&\n\x05\x63hunk\x18\x03 \x01(\x0b\x32\x12.stepwire.v1.ChunkH\x01\x88\x01\x01\x12/\n\x07numbers\x18\x04 \x01(\x0b\x32\x19.stepwire.v1.StateNumbersH\x02\x88\x01\x01\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x07\n\x05_openB\x08\n\x06_chunkB\n\n\x08_numbers\"-\n\x15ImportSessionResponse\x12\x14\n\x0c\x61pplied_step\x18\x01 \x01(\x04\"\xa4\x01\n\x16HandOverSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0f\n\x07move_id\x18\x02 \x01(\t\x12)\n\tsuccessor\x18\x03 \x01(\x0b\x32\x16.stepwire.v1.Successor\x12\x0f\n\x07\x64\x65\x63ided\x18\x04 \x01(\x08\x12\x0c\n\x04step\x18\x05 \x01(\x04\x12\x0c\n\x04load\x18\x06 \x01(\x04\x12\r\n\x05\x65poch\x18\x07 \x01(\x04\"+\n\x17HandOverSessionResponse\x12\x10\n\x08replayed\x18\x01 \x01(\x08\"?\n\x13GetSuccessorRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x14\n\x0c\x61ttach_token\x18\x02 \x01(\x04\"A\n\x14GetSuccessorResponse\x12)\n\tsuccessor\x18\x01 \x01(\x0b\x32\x16.stepwire.v1.Successor\"C\n\x14GetStatisticsRequest\x12+\n\x08interval\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"p\n\x15GetStatisticsResponse\x12\'\n\x06server\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.ServerLoad\x12.\n\x08sessions\x18\x02 \x03(\x0b\x32\x1c.stepwire.v1.SessionProgress2\xc1\x0e\n\x10OptimizerService\x12V\n\rGetServerInfo\x12!.stepwire.v1.GetServerInfoRequest\x1a\".stepwire.v1.GetServerInfoResponse\x12V\n\rCreateSession\x12!.stepwire.v1.CreateSessionRequest\x1a\".stepwire.v1.CreateSessionResponse\x12M\n\nGetSession\x12\x1e.stepwire.v1.GetSessionRequest\x1a\x1f.stepwire.v1.GetSessionResponse\x12S\n\x0cListSessions\x12 .stepwire.v1.ListSessionsRequest\x1a!.stepwire.v1.ListSessionsResponse\x12V\n\rDeleteSession\x12!.stepwire.v1.DeleteSessionRequest\x1a\".stepwire.v1.DeleteSessionResponse\x12\x45\n\x06\x41ttach\x12\x1a.stepwire.v1.AttachRequest\x1a\x1b.stepwire.v1.AttachResponse(\x01\x30\x01\x12;\n\x04Step\x12\x18.stepwire.v1.StepRequest\x1a\x19.stepwire.v1.StepResponse\x12=\n\x04Pull\x12\x18.stepwire.v1.PullRequest\x1a\x19.stepwire.v1.PullResponse0\x01\x12=\n\x04Load\x12\x18.stepwire.v1.LoadRequest\x1a\x19.stepwire.v1.LoadResponse(\x01\x12Y\n\x0eSaveCheckpoint\x12\".stepwire.v1.SaveCheckpointRequest\x1a#.stepwire.v1.SaveCheckpointResponse\x12\\\n\x0fListCheckpoints\x12#.stepwire.v1.ListCheckpointsRequest\x1a$.stepwire.v1.ListCheckpointsResponse\x12_\n\x10VerifyCheckpoint\x12$.stepwire.v1.VerifyCheckpointRequest\x1a%.stepwire.v1.VerifyCheckpointResponse\x12_\n\x10\x44\x65leteCheckpoint\x12$.stepwire.v1.DeleteCheckpointRequest\x1a%.stepwire.v1.DeleteCheckpointResponse\x12G\n\x08Rollback\x12\x1c.stepwire.v1.RollbackRequest\x1a\x1d.stepwire.v1.RollbackResponse\x12P\n\x0b\x46orkSession\x12\x1f.stepwire.v1.ForkSessionRequest\x1a .stepwire.v1.ForkSessionResponse\x12V\n\rFreezeSession\x12!.stepwire.v1.FreezeSessionRequest\x1a\".stepwire.v1.FreezeSessionResponse\x12P\n\x0bThawSession\x12\x1f.stepwire.v1.ThawSessionRequest\x1a .stepwire.v1.ThawSessionResponse\x12X\n\rExportSession\x12!.stepwire.v1.ExportSessionRequest\x1a\".stepwire.v1.ExportSessionResponse0\x01\x12X\n\rImportSession\x12!.stepwire.v1.ImportSessionRequest\x1a\".stepwire.v1.ImportSessionResponse(\x01\x12\\\n\x0fHandOverSession\x12#.stepwire.v1.HandOverSessionRequest\x1a$.stepwire.v1.HandOverSessionResponse\x12S\n\x0cGetSuccessor\x12 .stepwire.v1.GetSuccessorRequest\x1a!.stepwire.v1.GetSuccessorResponse\x12X\n\rGetStatistics\x12!.stepwire.v1.GetStatisticsRequest\x1a\".stepwire.v1.GetStatisticsResponse0\x01\x42\x96\x01\n\x15io.github.stepwire.v1B\x15OptimizerServiceProtoP\x01Z9github.com/stepwire/stepwire/proto/stepwire/v1;stepwirev1\xaa\x02\x0bStepwire.V1\xca\x02\x0bStepwire\\V1\xea\x02\x0cStepwire::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,70 +47,94 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stepwire.v1.optimizer_servi
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\025io.github.stepwire.v1B\025OptimizerServiceProtoP\001Z9github.com/stepwire/stepwire/proto/stepwire/v1;stepwirev1\252\002\013Stepwire.V1\312\002\013Stepwire\\V1\352\002\014Stepwire::V1'
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=327
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=349
-  _globals['_GETSERVERINFORESPONSE']._serialized_start=352
-  _globals['_GETSERVERINFORESPONSE']._serialized_end=652
-  _globals['_CREATESESSIONREQUEST']._serialized_start=654
-  _globals['_CREATESESSIONREQUEST']._serialized_end=740
-  _globals['_CREATESESSIONRESPONSE']._serialized_start=742
-  _globals['_CREATESESSIONRESPONSE']._serialized_end=844
-  _globals['_GETSESSIONREQUEST']._serialized_start=846
-  _globals['_GETSESSIONREQUEST']._serialized_end=885
-  _globals['_GETSESSIONRESPONSE']._serialized_start=887
-  _globals['_GETSESSIONRESPONSE']._serialized_end=946
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=948
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=1008
-  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1010
-  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1097
-  _globals['_DELETESESSIONREQUEST']._serialized_start=1099
-  _globals['_DELETESESSIONREQUEST']._serialized_end=1163
-  _globals['_DELETESESSIONRESPONSE']._serialized_start=1165
-  _globals['_DELETESESSIONRESPONSE']._serialized_end=1210
-  _globals['_ATTACHREQUEST']._serialized_start=1213
-  _globals['_ATTACHREQUEST']._serialized_end=1553
-  _globals['_ATTACHRESPONSE']._serialized_start=1556
-  _globals['_ATTACHRESPONSE']._serialized_end=1973
-  _globals['_STEPREQUEST']._serialized_start=1975
-  _globals['_STEPREQUEST']._serialized_end=2102
-  _globals['_STEPRESPONSE']._serialized_start=2104
-  _globals['_STEPRESPONSE']._serialized_end=2176
-  _globals['_PULLREQUEST']._serialized_start=2179
-  _globals['_PULLREQUEST']._serialized_end=2321
-  _globals['_PULLRESPONSE']._serialized_start=2324
-  _globals['_PULLRESPONSE']._serialized_end=2493
-  _globals['_LOADREQUEST']._serialized_start=2496
-  _globals['_LOADREQUEST']._serialized_end=2674
-  _globals['_LOADRESPONSE']._serialized_start=2676
-  _globals['_LOADRESPONSE']._serialized_end=2747
-  _globals['_SAVECHECKPOINTREQUEST']._serialized_start=2749
-  _globals['_SAVECHECKPOINTREQUEST']._serialized_end=2806
-  _globals['_SAVECHECKPOINTRESPONSE']._serialized_start=2808
-  _globals['_SAVECHECKPOINTRESPONSE']._serialized_end=2895
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=2897
-  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=2941
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=2943
-  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=3014
-  _globals['_VERIFYCHECKPOINTREQUEST']._serialized_start=3016
-  _globals['_VERIFYCHECKPOINTREQUEST']._serialized_end=3075
-  _globals['_VERIFYCHECKPOINTRESPONSE']._serialized_start=3077
-  _globals['_VERIFYCHECKPOINTRESPONSE']._serialized_end=3148
-  _globals['_DELETECHECKPOINTREQUEST']._serialized_start=3150
-  _globals['_DELETECHECKPOINTREQUEST']._serialized_end=3209
-  _globals['_DELETECHECKPOINTRESPONSE']._serialized_start=3211
-  _globals['_DELETECHECKPOINTRESPONSE']._serialized_end=3237
-  _globals['_ROLLBACKREQUEST']._serialized_start=3240
-  _globals['_ROLLBACKREQUEST']._serialized_end=3420
-  _globals['_ROLLBACKRESPONSE']._serialized_start=3422
-  _globals['_ROLLBACKRESPONSE']._serialized_end=3497
-  _globals['_FORKSESSIONREQUEST']._serialized_start=3500
-  _globals['_FORKSESSIONREQUEST']._serialized_end=3809
-  _globals['_FORKSESSIONRESPONSE']._serialized_start=3811
-  _globals['_FORKSESSIONRESPONSE']._serialized_end=3911
-  _globals['_GETSTATISTICSREQUEST']._serialized_start=3913
-  _globals['_GETSTATISTICSREQUEST']._serialized_end=3980
-  _globals['_GETSTATISTICSRESPONSE']._serialized_start=3982
-  _globals['_GETSTATISTICSRESPONSE']._serialized_end=4094
-  _globals['_OPTIMIZERSERVICE']._serialized_start=4097
-  _globals['_OPTIMIZERSERVICE']._serialized_end=5425
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=351
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=373
+  _globals['_GETSERVERINFORESPONSE']._serialized_start=376
+  _globals['_GETSERVERINFORESPONSE']._serialized_end=706
+  _globals['_CREATESESSIONREQUEST']._serialized_start=708
+  _globals['_CREATESESSIONREQUEST']._serialized_end=794
+  _globals['_CREATESESSIONRESPONSE']._serialized_start=796
+  _globals['_CREATESESSIONRESPONSE']._serialized_end=898
+  _globals['_GETSESSIONREQUEST']._serialized_start=900
+  _globals['_GETSESSIONREQUEST']._serialized_end=939
+  _globals['_GETSESSIONRESPONSE']._serialized_start=941
+  _globals['_GETSESSIONRESPONSE']._serialized_end=1000
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=1002
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=1062
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1064
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1151
+  _globals['_DELETESESSIONREQUEST']._serialized_start=1153
+  _globals['_DELETESESSIONREQUEST']._serialized_end=1217
+  _globals['_DELETESESSIONRESPONSE']._serialized_start=1219
+  _globals['_DELETESESSIONRESPONSE']._serialized_end=1264
+  _globals['_ATTACHREQUEST']._serialized_start=1267
+  _globals['_ATTACHREQUEST']._serialized_end=1607
+  _globals['_ATTACHRESPONSE']._serialized_start=1610
+  _globals['_ATTACHRESPONSE']._serialized_end=2027
+  _globals['_STEPREQUEST']._serialized_start=2029
+  _globals['_STEPREQUEST']._serialized_end=2156
+  _globals['_STEPRESPONSE']._serialized_start=2158
+  _globals['_STEPRESPONSE']._serialized_end=2230
+  _globals['_PULLREQUEST']._serialized_start=2233
+  _globals['_PULLREQUEST']._serialized_end=2392
+  _globals['_PULLRESPONSE']._serialized_start=2395
+  _globals['_PULLRESPONSE']._serialized_end=2564
+  _globals['_LOADREQUEST']._serialized_start=2567
+  _globals['_LOADREQUEST']._serialized_end=2745
+  _globals['_LOADRESPONSE']._serialized_start=2747
+  _globals['_LOADRESPONSE']._serialized_end=2818
+  _globals['_SAVECHECKPOINTREQUEST']._serialized_start=2820
+  _globals['_SAVECHECKPOINTREQUEST']._serialized_end=2877
+  _globals['_SAVECHECKPOINTRESPONSE']._serialized_start=2879
+  _globals['_SAVECHECKPOINTRESPONSE']._serialized_end=2966
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_start=2968
+  _globals['_LISTCHECKPOINTSREQUEST']._serialized_end=3012
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_start=3014
+  _globals['_LISTCHECKPOINTSRESPONSE']._serialized_end=3085
+  _globals['_VERIFYCHECKPOINTREQUEST']._serialized_start=3087
+  _globals['_VERIFYCHECKPOINTREQUEST']._serialized_end=3146
+  _globals['_VERIFYCHECKPOINTRESPONSE']._serialized_start=3148
+  _globals['_VERIFYCHECKPOINTRESPONSE']._serialized_end=3219
+  _globals['_DELETECHECKPOINTREQUEST']._serialized_start=3221
+  _globals['_DELETECHECKPOINTREQUEST']._serialized_end=3280
+  _globals['_DELETECHECKPOINTRESPONSE']._serialized_start=3282
+  _globals['_DELETECHECKPOINTRESPONSE']._serialized_end=3308
+  _globals['_ROLLBACKREQUEST']._serialized_start=3311
+  _globals['_ROLLBACKREQUEST']._serialized_end=3491
+  _globals['_ROLLBACKRESPONSE']._serialized_start=3493
+  _globals['_ROLLBACKRESPONSE']._serialized_end=3568
+  _globals['_FORKSESSIONREQUEST']._serialized_start=3571
+  _globals['_FORKSESSIONREQUEST']._serialized_end=3880
+  _globals['_FORKSESSIONRESPONSE']._serialized_start=3882
+  _globals['_FORKSESSIONRESPONSE']._serialized_end=3982
+  _globals['_FREEZESESSIONREQUEST']._serialized_start=3984
+  _globals['_FREEZESESSIONREQUEST']._serialized_end=4104
+  _globals['_FREEZESESSIONRESPONSE']._serialized_start=4106
+  _globals['_FREEZESESSIONRESPONSE']._serialized_end=4207
+  _globals['_THAWSESSIONREQUEST']._serialized_start=4209
+  _globals['_THAWSESSIONREQUEST']._serialized_end=4266
+  _globals['_THAWSESSIONRESPONSE']._serialized_start=4268
+  _globals['_THAWSESSIONRESPONSE']._serialized_end=4289
+  _globals['_EXPORTSESSIONREQUEST']._serialized_start=4291
+  _globals['_EXPORTSESSIONREQUEST']._serialized_end=4371
+  _globals['_EXPORTSESSIONRESPONSE']._serialized_start=4374
+  _globals['_EXPORTSESSIONRESPONSE']._serialized_end=4556
+  _globals['_IMPORTSESSIONREQUEST']._serialized_start=4559
+  _globals['_IMPORTSESSIONREQUEST']._serialized_end=4793
+  _globals['_IMPORTSESSIONRESPONSE']._serialized_start=4795
+  _globals['_IMPORTSESSIONRESPONSE']._serialized_end=4840
+  _globals['_HANDOVERSESSIONREQUEST']._serialized_start=4843
+  _globals['_HANDOVERSESSIONREQUEST']._serialized_end=5007
+  _globals['_HANDOVERSESSIONRESPONSE']._serialized_start=5009
+  _globals['_HANDOVERSESSIONRESPONSE']._serialized_end=5052
+  _globals['_GETSUCCESSORREQUEST']._serialized_start=5054
+  _globals['_GETSUCCESSORREQUEST']._serialized_end=5117
+  _globals['_GETSUCCESSORRESPONSE']._serialized_start=5119
+  _globals['_GETSUCCESSORRESPONSE']._serialized_end=5184
+  _globals['_GETSTATISTICSREQUEST']._serialized_start=5186
+  _globals['_GETSTATISTICSREQUEST']._serialized_end=5253
+  _globals['_GETSTATISTICSRESPONSE']._serialized_start=5255
+  _globals['_GETSTATISTICSRESPONSE']._serialized_end=5367
+  _globals['_OPTIMIZERSERVICE']._serialized_start=5370
+  _globals['_OPTIMIZERSERVICE']._serialized_end=7227
 # @@protoc_insertion_point(module_scope)

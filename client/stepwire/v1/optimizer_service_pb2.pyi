@@ -3,6 +3,7 @@ import datetime
 from google.protobuf import duration_pb2 as _duration_pb2
 from stepwire.v1 import attach_pb2 as _attach_pb2
 from stepwire.v1 import checkpoint_pb2 as _checkpoint_pb2
+from stepwire.v1 import move_pb2 as _move_pb2
 from stepwire.v1 import server_pb2 as _server_pb2
 from stepwire.v1 import session_pb2 as _session_pb2
 from stepwire.v1 import precision_pb2 as _precision_pb2
@@ -24,7 +25,7 @@ class GetServerInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetServerInfoResponse(_message.Message):
-    __slots__ = ("version", "protocol_min", "protocol_max", "instance_id", "devices", "limits", "features", "sessions", "draining", "local", "not_serving")
+    __slots__ = ("version", "protocol_min", "protocol_max", "instance_id", "devices", "limits", "features", "sessions", "draining", "local", "not_serving", "shard", "epoch")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_MIN_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_MAX_FIELD_NUMBER: _ClassVar[int]
@@ -36,6 +37,8 @@ class GetServerInfoResponse(_message.Message):
     DRAINING_FIELD_NUMBER: _ClassVar[int]
     LOCAL_FIELD_NUMBER: _ClassVar[int]
     NOT_SERVING_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     version: str
     protocol_min: int
     protocol_max: int
@@ -47,7 +50,9 @@ class GetServerInfoResponse(_message.Message):
     draining: bool
     local: _transport_pb2.LocalAccess
     not_serving: str
-    def __init__(self, version: _Optional[str] = ..., protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., instance_id: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[_server_pb2.DeviceInfo, _Mapping]]] = ..., limits: _Optional[_Union[_server_pb2.Limits, _Mapping]] = ..., features: _Optional[_Iterable[str]] = ..., sessions: _Optional[int] = ..., draining: bool = ..., local: _Optional[_Union[_transport_pb2.LocalAccess, _Mapping]] = ..., not_serving: _Optional[str] = ...) -> None: ...
+    shard: str
+    epoch: int
+    def __init__(self, version: _Optional[str] = ..., protocol_min: _Optional[int] = ..., protocol_max: _Optional[int] = ..., instance_id: _Optional[str] = ..., devices: _Optional[_Iterable[_Union[_server_pb2.DeviceInfo, _Mapping]]] = ..., limits: _Optional[_Union[_server_pb2.Limits, _Mapping]] = ..., features: _Optional[_Iterable[str]] = ..., sessions: _Optional[int] = ..., draining: bool = ..., local: _Optional[_Union[_transport_pb2.LocalAccess, _Mapping]] = ..., not_serving: _Optional[str] = ..., shard: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class CreateSessionRequest(_message.Message):
     __slots__ = ("request_id", "config")
@@ -172,18 +177,20 @@ class StepResponse(_message.Message):
     def __init__(self, result: _Optional[_Union[_step_pb2.StepResult, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class PullRequest(_message.Message):
-    __slots__ = ("session_id", "slots", "dtype", "chunk_bytes", "rows")
+    __slots__ = ("session_id", "slots", "dtype", "chunk_bytes", "rows", "row_ids")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
+    ROW_IDS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     slots: _containers.RepeatedScalarFieldContainer[str]
     dtype: _tensor_pb2.Dtype
     chunk_bytes: int
     rows: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TableRows]
-    def __init__(self, session_id: _Optional[str] = ..., slots: _Optional[_Iterable[str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., chunk_bytes: _Optional[int] = ..., rows: _Optional[_Iterable[_Union[_tensor_pb2.TableRows, _Mapping]]] = ...) -> None: ...
+    row_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, session_id: _Optional[str] = ..., slots: _Optional[_Iterable[str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., chunk_bytes: _Optional[int] = ..., rows: _Optional[_Iterable[_Union[_tensor_pb2.TableRows, _Mapping]]] = ..., row_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class PullResponse(_message.Message):
     __slots__ = ("header", "slot", "chunk", "padding", "payload")
@@ -334,6 +341,126 @@ class ForkSessionResponse(_message.Message):
     attach_token: int
     replayed: bool
     def __init__(self, session: _Optional[_Union[_session_pb2.Session, _Mapping]] = ..., attach_token: _Optional[int] = ..., replayed: bool = ...) -> None: ...
+
+class FreezeSessionRequest(_message.Message):
+    __slots__ = ("session_id", "move_id", "last_step", "lease")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    MOVE_ID_FIELD_NUMBER: _ClassVar[int]
+    LAST_STEP_FIELD_NUMBER: _ClassVar[int]
+    LEASE_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    move_id: str
+    last_step: int
+    lease: _duration_pb2.Duration
+    def __init__(self, session_id: _Optional[str] = ..., move_id: _Optional[str] = ..., last_step: _Optional[int] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class FreezeSessionResponse(_message.Message):
+    __slots__ = ("applied_step", "last_step", "applied_load", "epoch")
+    APPLIED_STEP_FIELD_NUMBER: _ClassVar[int]
+    LAST_STEP_FIELD_NUMBER: _ClassVar[int]
+    APPLIED_LOAD_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    applied_step: int
+    last_step: int
+    applied_load: int
+    epoch: int
+    def __init__(self, applied_step: _Optional[int] = ..., last_step: _Optional[int] = ..., applied_load: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class ThawSessionRequest(_message.Message):
+    __slots__ = ("session_id", "move_id")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    MOVE_ID_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    move_id: str
+    def __init__(self, session_id: _Optional[str] = ..., move_id: _Optional[str] = ...) -> None: ...
+
+class ThawSessionResponse(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ExportSessionRequest(_message.Message):
+    __slots__ = ("session_id", "move_id", "chunk_bytes")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    MOVE_ID_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    move_id: str
+    chunk_bytes: int
+    def __init__(self, session_id: _Optional[str] = ..., move_id: _Optional[str] = ..., chunk_bytes: _Optional[int] = ...) -> None: ...
+
+class ExportSessionResponse(_message.Message):
+    __slots__ = ("numbers", "slot", "chunk", "padding", "payload")
+    NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    PADDING_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    numbers: _move_pb2.StateNumbers
+    slot: str
+    chunk: _tensor_pb2.Chunk
+    padding: bytes
+    payload: bytes
+    def __init__(self, numbers: _Optional[_Union[_move_pb2.StateNumbers, _Mapping]] = ..., slot: _Optional[str] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class ImportSessionRequest(_message.Message):
+    __slots__ = ("open", "slot", "chunk", "numbers", "padding", "payload")
+    OPEN_FIELD_NUMBER: _ClassVar[int]
+    SLOT_FIELD_NUMBER: _ClassVar[int]
+    CHUNK_FIELD_NUMBER: _ClassVar[int]
+    NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    PADDING_FIELD_NUMBER: _ClassVar[int]
+    PAYLOAD_FIELD_NUMBER: _ClassVar[int]
+    open: _move_pb2.ImportOpen
+    slot: str
+    chunk: _tensor_pb2.Chunk
+    numbers: _move_pb2.StateNumbers
+    padding: bytes
+    payload: bytes
+    def __init__(self, open: _Optional[_Union[_move_pb2.ImportOpen, _Mapping]] = ..., slot: _Optional[str] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., numbers: _Optional[_Union[_move_pb2.StateNumbers, _Mapping]] = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
+
+class ImportSessionResponse(_message.Message):
+    __slots__ = ("applied_step",)
+    APPLIED_STEP_FIELD_NUMBER: _ClassVar[int]
+    applied_step: int
+    def __init__(self, applied_step: _Optional[int] = ...) -> None: ...
+
+class HandOverSessionRequest(_message.Message):
+    __slots__ = ("session_id", "move_id", "successor", "decided", "step", "load", "epoch")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    MOVE_ID_FIELD_NUMBER: _ClassVar[int]
+    SUCCESSOR_FIELD_NUMBER: _ClassVar[int]
+    DECIDED_FIELD_NUMBER: _ClassVar[int]
+    STEP_FIELD_NUMBER: _ClassVar[int]
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    move_id: str
+    successor: _move_pb2.Successor
+    decided: bool
+    step: int
+    load: int
+    epoch: int
+    def __init__(self, session_id: _Optional[str] = ..., move_id: _Optional[str] = ..., successor: _Optional[_Union[_move_pb2.Successor, _Mapping]] = ..., decided: bool = ..., step: _Optional[int] = ..., load: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+
+class HandOverSessionResponse(_message.Message):
+    __slots__ = ("replayed",)
+    REPLAYED_FIELD_NUMBER: _ClassVar[int]
+    replayed: bool
+    def __init__(self, replayed: bool = ...) -> None: ...
+
+class GetSuccessorRequest(_message.Message):
+    __slots__ = ("session_id", "attach_token")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTACH_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    attach_token: int
+    def __init__(self, session_id: _Optional[str] = ..., attach_token: _Optional[int] = ...) -> None: ...
+
+class GetSuccessorResponse(_message.Message):
+    __slots__ = ("successor",)
+    SUCCESSOR_FIELD_NUMBER: _ClassVar[int]
+    successor: _move_pb2.Successor
+    def __init__(self, successor: _Optional[_Union[_move_pb2.Successor, _Mapping]] = ...) -> None: ...
 
 class GetStatisticsRequest(_message.Message):
     __slots__ = ("interval",)

@@ -110,6 +110,36 @@ class OptimizerServiceStub(object):
                 request_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.ForkSessionRequest.SerializeToString,
                 response_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.ForkSessionResponse.FromString,
                 _registered_method=True)
+        self.FreezeSession = channel.unary_unary(
+                '/stepwire.v1.OptimizerService/FreezeSession',
+                request_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.FreezeSessionRequest.SerializeToString,
+                response_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.FreezeSessionResponse.FromString,
+                _registered_method=True)
+        self.ThawSession = channel.unary_unary(
+                '/stepwire.v1.OptimizerService/ThawSession',
+                request_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.ThawSessionRequest.SerializeToString,
+                response_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.ThawSessionResponse.FromString,
+                _registered_method=True)
+        self.ExportSession = channel.unary_stream(
+                '/stepwire.v1.OptimizerService/ExportSession',
+                request_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.ExportSessionRequest.SerializeToString,
+                response_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.ExportSessionResponse.FromString,
+                _registered_method=True)
+        self.ImportSession = channel.stream_unary(
+                '/stepwire.v1.OptimizerService/ImportSession',
+                request_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.ImportSessionRequest.SerializeToString,
+                response_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.ImportSessionResponse.FromString,
+                _registered_method=True)
+        self.HandOverSession = channel.unary_unary(
+                '/stepwire.v1.OptimizerService/HandOverSession',
+                request_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.HandOverSessionRequest.SerializeToString,
+                response_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.HandOverSessionResponse.FromString,
+                _registered_method=True)
+        self.GetSuccessor = channel.unary_unary(
+                '/stepwire.v1.OptimizerService/GetSuccessor',
+                request_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.GetSuccessorRequest.SerializeToString,
+                response_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.GetSuccessorResponse.FromString,
+                _registered_method=True)
         self.GetStatistics = channel.unary_stream(
                 '/stepwire.v1.OptimizerService/GetStatistics',
                 request_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.GetStatisticsRequest.SerializeToString,
@@ -395,6 +425,93 @@ class OptimizerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FreezeSession(self, request, context):
+        """Freezes a session at the end of a step: until `lease` is over it admits no step beyond `last_step`, and no load.
+        Steps that are refused fail with SESSION_MOVING. A mover freezes the sessions of all shards of a model, and raises
+        the bound of those that are behind, until all are at one step.
+
+        Idempotent. A freeze by another `move_id` takes the place of the one before, whose move cannot be completed then.
+        The freeze is in memory alone: a server that is restarted has forgotten it.
+
+        Errors:
+        - NOT_FOUND/SESSION_NOT_FOUND: as GetSession.
+        - INVALID_ARGUMENT/INVALID_CONFIG: `move_id` or `lease` is out of range (metadata: field).
+        - FAILED_PRECONDITION/SESSION_NOT_READY: no parameters have been loaded.
+        - FAILED_PRECONDITION/UNSUPPORTED_FEATURE: the session has several workers, rows by ids, or DURABILITY_REPLICATED, or
+        the server has an object store (metadata: field, feature).
+        - DATA_LOSS/SESSION_DAMAGED: an earlier failure left the state half-updated.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ThawSession(self, request, context):
+        """Ends a freeze before its time: the session goes on where it is. Idempotent; the freeze of another move stays.
+
+        Errors:
+        - NOT_FOUND/SESSION_NOT_FOUND: as GetSession.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportSession(self, request, context):
+        """Streams the whole state of a frozen session: blocks of all slots in any order, and the numbers last. Changes nothing.
+
+        Errors:
+        - NOT_FOUND/SESSION_NOT_FOUND: as GetSession.
+        - INVALID_ARGUMENT/INVALID_CONFIG: `chunk_bytes` is out of range (metadata: field).
+        - ABORTED/STATE_CHANGED: the session is not frozen by this move, or a checkpoint is being read; try again.
+        - DATA_LOSS/SESSION_DAMAGED: an earlier failure left the state half-updated.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportSession(self, request_iterator, context):
+        """Brings a new session into a state that other sessions have exported: all blocks, and then the numbers. The state is
+        as durable as the session asks for when this returns. A stream that ends before the numbers leaves the session as
+        unusable as it was: end it.
+
+        Errors:
+        - NOT_FOUND/SESSION_NOT_FOUND: as GetSession.
+        - INVALID_ARGUMENT/INVALID_FRAME, INVALID_TENSOR, INVALID_CONFIG: messages out of order, a block out of range, numbers
+        of another layout, blocks that are missing (metadata: field).
+        - ABORTED/STATE_CHANGED: the session is not new.
+        - FAILED_PRECONDITION/FENCED: another client holds the worker (metadata: worker).
+        - DATA_LOSS/DURABILITY_FAILED: the disk failed; end the session.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def HandOverSession(self, request, context):
+        """Ends a session that lives on elsewhere, and keeps the record of its successor in its place. The record of the first
+        shard of a model decides about all of them: it is made if the session is frozen by this move, and at the step of the
+        freeze. Idempotent by `move_id`. The record is as durable as the session.
+
+        Errors:
+        - NOT_FOUND/SESSION_NOT_FOUND: as GetSession.
+        - INVALID_ARGUMENT/INVALID_CONFIG: the successor has no shards (metadata: field).
+        - ABORTED/STATE_CHANGED: the session is not frozen by this move, or went on. It stays where it is.
+        - FAILED_PRECONDITION/SESSION_MOVED: another move has moved it.
+        - DATA_LOSS/DURABILITY_FAILED: the disk failed. The record may be there; ask again.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetSuccessor(self, request, context):
+        """Tells where a session lives on. Changes nothing.
+
+        Errors:
+        - NOT_FOUND/SESSION_NOT_FOUND: as GetSession.
+        - FAILED_PRECONDITION/FENCED: `attach_token` is of a client that had lost the worker (metadata: worker).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStatistics(self, request, context):
         """Streams snapshots of the server and of the caller's sessions in memory: one at once, and one per interval, until the
         caller leaves. Changes nothing, renews no lease, and brings no parked session back.
@@ -484,6 +601,36 @@ def add_OptimizerServiceServicer_to_server(servicer, server):
                     servicer.ForkSession,
                     request_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.ForkSessionRequest.FromString,
                     response_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.ForkSessionResponse.SerializeToString,
+            ),
+            'FreezeSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.FreezeSession,
+                    request_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.FreezeSessionRequest.FromString,
+                    response_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.FreezeSessionResponse.SerializeToString,
+            ),
+            'ThawSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.ThawSession,
+                    request_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.ThawSessionRequest.FromString,
+                    response_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.ThawSessionResponse.SerializeToString,
+            ),
+            'ExportSession': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportSession,
+                    request_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.ExportSessionRequest.FromString,
+                    response_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.ExportSessionResponse.SerializeToString,
+            ),
+            'ImportSession': grpc.stream_unary_rpc_method_handler(
+                    servicer.ImportSession,
+                    request_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.ImportSessionRequest.FromString,
+                    response_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.ImportSessionResponse.SerializeToString,
+            ),
+            'HandOverSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.HandOverSession,
+                    request_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.HandOverSessionRequest.FromString,
+                    response_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.HandOverSessionResponse.SerializeToString,
+            ),
+            'GetSuccessor': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetSuccessor,
+                    request_deserializer=stepwire_dot_v1_dot_optimizer__service__pb2.GetSuccessorRequest.FromString,
+                    response_serializer=stepwire_dot_v1_dot_optimizer__service__pb2.GetSuccessorResponse.SerializeToString,
             ),
             'GetStatistics': grpc.unary_stream_rpc_method_handler(
                     servicer.GetStatistics,
@@ -897,6 +1044,168 @@ class OptimizerService(object):
             '/stepwire.v1.OptimizerService/ForkSession',
             stepwire_dot_v1_dot_optimizer__service__pb2.ForkSessionRequest.SerializeToString,
             stepwire_dot_v1_dot_optimizer__service__pb2.ForkSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FreezeSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwire.v1.OptimizerService/FreezeSession',
+            stepwire_dot_v1_dot_optimizer__service__pb2.FreezeSessionRequest.SerializeToString,
+            stepwire_dot_v1_dot_optimizer__service__pb2.FreezeSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ThawSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwire.v1.OptimizerService/ThawSession',
+            stepwire_dot_v1_dot_optimizer__service__pb2.ThawSessionRequest.SerializeToString,
+            stepwire_dot_v1_dot_optimizer__service__pb2.ThawSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/stepwire.v1.OptimizerService/ExportSession',
+            stepwire_dot_v1_dot_optimizer__service__pb2.ExportSessionRequest.SerializeToString,
+            stepwire_dot_v1_dot_optimizer__service__pb2.ExportSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportSession(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/stepwire.v1.OptimizerService/ImportSession',
+            stepwire_dot_v1_dot_optimizer__service__pb2.ImportSessionRequest.SerializeToString,
+            stepwire_dot_v1_dot_optimizer__service__pb2.ImportSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def HandOverSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwire.v1.OptimizerService/HandOverSession',
+            stepwire_dot_v1_dot_optimizer__service__pb2.HandOverSessionRequest.SerializeToString,
+            stepwire_dot_v1_dot_optimizer__service__pb2.HandOverSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetSuccessor(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepwire.v1.OptimizerService/GetSuccessor',
+            stepwire_dot_v1_dot_optimizer__service__pb2.GetSuccessorRequest.SerializeToString,
+            stepwire_dot_v1_dot_optimizer__service__pb2.GetSuccessorResponse.FromString,
             options,
             channel_credentials,
             insecure,

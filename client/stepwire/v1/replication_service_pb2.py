@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%stepwire/v1/replication_service.proto\x12\x0bstepwire.v1\"\xb8\x02\n\rFollowRequest\x12\'\n\x04open\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.FollowOpenH\x00\x12=\n\x0f\x61\x63knowledgement\x18\x02 \x01(\x0b\x32\".stepwire.v1.FollowAcknowledgementH\x00\x12+\n\x06\x64igest\x18\x03 \x01(\x0b\x32\x19.stepwire.v1.FollowDigestH\x00\x12-\n\x07problem\x18\x04 \x01(\x0b\x32\x1a.stepwire.v1.FollowProblemH\x00\x12-\n\x07refusal\x18\x05 \x01(\x0b\x32\x1a.stepwire.v1.FollowRefusalH\x00\x12)\n\x05leave\x18\x06 \x01(\x0b\x32\x18.stepwire.v1.FollowLeaveH\x00\x42\t\n\x07message\"^\n\nFollowOpen\x12\x12\n\nstandby_id\x18\x01 \x01(\t\x12\x12\n\nprimary_id\x18\x02 \x01(\t\x12\x10\n\x08received\x18\x03 \x01(\x04\x12\x16\n\x0epromoted_epoch\x18\x04 \x01(\x04\"\'\n\x15\x46ollowAcknowledgement\x12\x0e\n\x06number\x18\x01 \x01(\x04\"B\n\x0c\x46ollowDigest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"D\n\rFollowProblem\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12\x0f\n\x07problem\x18\x03 \x01(\t\"\x1e\n\rFollowRefusal\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\r\n\x0b\x46ollowLeave\"\x9c\x01\n\x0e\x46ollowResponse\x12+\n\x06opened\x18\x01 \x01(\x0b\x32\x19.stepwire.v1.FollowOpenedH\x00\x12\x30\n\x06record\x18\x02 \x01(\x0b\x32\x1e.stepwire.v1.ReplicationRecordH\x00\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\t\n\x07message\"@\n\x0c\x46ollowOpened\x12\x12\n\nprimary_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05whole\x18\x03 \x01(\x08\"\x8a\x01\n\x11ReplicationRecord\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12%\n\x04kind\x18\x03 \x01(\x0e\x32\x17.stepwire.v1.RecordKind\x12\x12\n\nsession_id\x18\x04 \x01(\x0c\x12\r\n\x05\x65ntry\x18\x05 \x01(\x04\x12\x0c\n\x04meta\x18\x06 \x01(\x0c\"\x1f\n\x0ePromoteRequest\x12\r\n\x05lossy\x18\x01 \x01(\x08\"2\n\x0fPromoteResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08sessions\x18\x02 \x01(\x04\"\x16\n\x14\x46orgetStandbyRequest\"+\n\x15\x46orgetStandbyResponse\x12\x12\n\nstandby_id\x18\x01 \x01(\t\"\x17\n\x15GetReplicationRequest\"\x8f\x02\n\x16GetReplicationResponse\x12*\n\x04role\x18\x01 \x01(\x0e\x32\x1c.stepwire.v1.ReplicationRole\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x11\n\tserver_id\x18\x03 \x01(\t\x12\x0f\n\x07peer_id\x18\x04 \x01(\t\x12\x11\n\tconnected\x18\x05 \x01(\x08\x12\x0f\n\x07in_sync\x18\x06 \x01(\x08\x12\x10\n\x08position\x18\x07 \x01(\x04\x12\x14\n\x0c\x61\x63knowledged\x18\x08 \x01(\x04\x12\x10\n\x08sessions\x18\t \x01(\x04\x12\x12\n\nincomplete\x18\n \x01(\x04\x12\x13\n\x0b\x64ivergences\x18\x0b \x01(\x04\x12\x0f\n\x07problem\x18\x0c \x01(\t*\x8d\x01\n\x0fReplicationRole\x12 \n\x1cREPLICATION_ROLE_UNSPECIFIED\x10\x00\x12\x1c\n\x18REPLICATION_ROLE_PRIMARY\x10\x01\x12\x1c\n\x18REPLICATION_ROLE_STANDBY\x10\x02\x12\x1c\n\x18REPLICATION_ROLE_DEPOSED\x10\x03*\xf0\x02\n\nRecordKind\x12\x1b\n\x17RECORD_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10RECORD_KIND_OPEN\x10\x01\x12\x15\n\x11RECORD_KIND_CHUNK\x10\x02\x12\x16\n\x12RECORD_KIND_COMMIT\x10\x03\x12\x14\n\x10RECORD_KIND_LOAD\x10\x04\x12\x14\n\x10RECORD_KIND_HOLD\x10\x05\x12\x15\n\x11RECORD_KIND_CLOSE\x10\x06\x12\x15\n\x11RECORD_KIND_STATE\x10\x07\x12\x15\n\x11RECORD_KIND_BLOCK\x10\x08\x12\x19\n\x15RECORD_KIND_STATE_END\x10\t\x12\x16\n\x12RECORD_KIND_DIGEST\x10\n\x12\x14\n\x10RECORD_KIND_LOOK\x10\x0b\x12\x16\n\x12RECORD_KIND_MEMBER\x10\x0c\x12\x18\n\x14RECORD_KIND_HANDOVER\x10\r\x12\x14\n\x10RECORD_KIND_DROP\x10\x0e\x32\xd4\x02\n\x12ReplicationService\x12\x45\n\x06\x46ollow\x12\x1a.stepwire.v1.FollowRequest\x1a\x1b.stepwire.v1.FollowResponse(\x01\x30\x01\x12\x44\n\x07Promote\x12\x1b.stepwire.v1.PromoteRequest\x1a\x1c.stepwire.v1.PromoteResponse\x12V\n\rForgetStandby\x12!.stepwire.v1.ForgetStandbyRequest\x1a\".stepwire.v1.ForgetStandbyResponse\x12Y\n\x0eGetReplication\x12\".stepwire.v1.GetReplicationRequest\x1a#.stepwire.v1.GetReplicationResponseB\x98\x01\n\x15io.github.stepwire.v1B\x17ReplicationServiceProtoP\x01Z9github.com/stepwire/stepwire/proto/stepwire/v1;stepwirev1\xaa\x02\x0bStepwire.V1\xca\x02\x0bStepwire\\V1\xea\x02\x0cStepwire::V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%stepwire/v1/replication_service.proto\x12\x0bstepwire.v1\"\xb8\x02\n\rFollowRequest\x12\'\n\x04open\x18\x01 \x01(\x0b\x32\x17.stepwire.v1.FollowOpenH\x00\x12=\n\x0f\x61\x63knowledgement\x18\x02 \x01(\x0b\x32\".stepwire.v1.FollowAcknowledgementH\x00\x12+\n\x06\x64igest\x18\x03 \x01(\x0b\x32\x19.stepwire.v1.FollowDigestH\x00\x12-\n\x07problem\x18\x04 \x01(\x0b\x32\x1a.stepwire.v1.FollowProblemH\x00\x12-\n\x07refusal\x18\x05 \x01(\x0b\x32\x1a.stepwire.v1.FollowRefusalH\x00\x12)\n\x05leave\x18\x06 \x01(\x0b\x32\x18.stepwire.v1.FollowLeaveH\x00\x42\t\n\x07message\"m\n\nFollowOpen\x12\x12\n\nstandby_id\x18\x01 \x01(\t\x12\x12\n\nprimary_id\x18\x02 \x01(\t\x12\x10\n\x08received\x18\x03 \x01(\x04\x12\x16\n\x0epromoted_epoch\x18\x04 \x01(\x04\x12\r\n\x05shard\x18\x05 \x01(\t\"\'\n\x15\x46ollowAcknowledgement\x12\x0e\n\x06number\x18\x01 \x01(\x04\"B\n\x0c\x46ollowDigest\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\"D\n\rFollowProblem\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x0e\n\x06number\x18\x02 \x01(\x04\x12\x0f\n\x07problem\x18\x03 \x01(\t\"\x1e\n\rFollowRefusal\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\"\r\n\x0b\x46ollowLeave\"\x9c\x01\n\x0e\x46ollowResponse\x12+\n\x06opened\x18\x01 \x01(\x0b\x32\x19.stepwire.v1.FollowOpenedH\x00\x12\x30\n\x06record\x18\x02 \x01(\x0b\x32\x1e.stepwire.v1.ReplicationRecordH\x00\x12\x0f\n\x07padding\x18\x0e \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\t\n\x07message\"@\n\x0c\x46ollowOpened\x12\x12\n\nprimary_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05whole\x18\x03 \x01(\x08\"\x8a\x01\n\x11ReplicationRecord\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12%\n\x04kind\x18\x03 \x01(\x0e\x32\x17.stepwire.v1.RecordKind\x12\x12\n\nsession_id\x18\x04 \x01(\x0c\x12\r\n\x05\x65ntry\x18\x05 \x01(\x04\x12\x0c\n\x04meta\x18\x06 \x01(\x0c\"\x1f\n\x0ePromoteRequest\x12\r\n\x05lossy\x18\x01 \x01(\x08\"2\n\x0fPromoteResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08sessions\x18\x02 \x01(\x04\"\x16\n\x14\x46orgetStandbyRequest\"+\n\x15\x46orgetStandbyResponse\x12\x12\n\nstandby_id\x18\x01 \x01(\t\"\x17\n\x15GetReplicationRequest\"\xed\x02\n\x16GetReplicationResponse\x12*\n\x04role\x18\x01 \x01(\x0e\x32\x1c.stepwire.v1.ReplicationRole\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x11\n\tserver_id\x18\x03 \x01(\t\x12\x0f\n\x07peer_id\x18\x04 \x01(\t\x12\x11\n\tconnected\x18\x05 \x01(\x08\x12\x0f\n\x07in_sync\x18\x06 \x01(\x08\x12\x10\n\x08position\x18\x07 \x01(\x04\x12\x14\n\x0c\x61\x63knowledged\x18\x08 \x01(\x04\x12\x10\n\x08sessions\x18\t \x01(\x04\x12\x12\n\nincomplete\x18\n \x01(\x04\x12\x13\n\x0b\x64ivergences\x18\x0b \x01(\x04\x12\x0f\n\x07problem\x18\x0c \x01(\t\x12\x15\n\rpending_steps\x18\r \x01(\x04\x12\x15\n\rpending_bytes\x18\x0e \x01(\x04\x12\x1a\n\x12\x61\x63knowledged_steps\x18\x0f \x01(\x04\x12\x12\n\npromotions\x18\x10 \x01(\x04*\x8d\x01\n\x0fReplicationRole\x12 \n\x1cREPLICATION_ROLE_UNSPECIFIED\x10\x00\x12\x1c\n\x18REPLICATION_ROLE_PRIMARY\x10\x01\x12\x1c\n\x18REPLICATION_ROLE_STANDBY\x10\x02\x12\x1c\n\x18REPLICATION_ROLE_DEPOSED\x10\x03*\xf0\x02\n\nRecordKind\x12\x1b\n\x17RECORD_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10RECORD_KIND_OPEN\x10\x01\x12\x15\n\x11RECORD_KIND_CHUNK\x10\x02\x12\x16\n\x12RECORD_KIND_COMMIT\x10\x03\x12\x14\n\x10RECORD_KIND_LOAD\x10\x04\x12\x14\n\x10RECORD_KIND_HOLD\x10\x05\x12\x15\n\x11RECORD_KIND_CLOSE\x10\x06\x12\x15\n\x11RECORD_KIND_STATE\x10\x07\x12\x15\n\x11RECORD_KIND_BLOCK\x10\x08\x12\x19\n\x15RECORD_KIND_STATE_END\x10\t\x12\x16\n\x12RECORD_KIND_DIGEST\x10\n\x12\x14\n\x10RECORD_KIND_LOOK\x10\x0b\x12\x16\n\x12RECORD_KIND_MEMBER\x10\x0c\x12\x18\n\x14RECORD_KIND_HANDOVER\x10\r\x12\x14\n\x10RECORD_KIND_DROP\x10\x0e\x32\xd4\x02\n\x12ReplicationService\x12\x45\n\x06\x46ollow\x12\x1a.stepwire.v1.FollowRequest\x1a\x1b.stepwire.v1.FollowResponse(\x01\x30\x01\x12\x44\n\x07Promote\x12\x1b.stepwire.v1.PromoteRequest\x1a\x1c.stepwire.v1.PromoteResponse\x12V\n\rForgetStandby\x12!.stepwire.v1.ForgetStandbyRequest\x1a\".stepwire.v1.ForgetStandbyResponse\x12Y\n\x0eGetReplication\x12\".stepwire.v1.GetReplicationRequest\x1a#.stepwire.v1.GetReplicationResponseB\x98\x01\n\x15io.github.stepwire.v1B\x17ReplicationServiceProtoP\x01Z9github.com/stepwire/stepwire/proto/stepwire/v1;stepwirev1\xaa\x02\x0bStepwire.V1\xca\x02\x0bStepwire\\V1\xea\x02\x0cStepwire::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,42 +32,42 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stepwire.v1.replication_ser
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\025io.github.stepwire.v1B\027ReplicationServiceProtoP\001Z9github.com/stepwire/stepwire/proto/stepwire/v1;stepwirev1\252\002\013Stepwire.V1\312\002\013Stepwire\\V1\352\002\014Stepwire::V1'
-  _globals['_REPLICATIONROLE']._serialized_start=1511
-  _globals['_REPLICATIONROLE']._serialized_end=1652
-  _globals['_RECORDKIND']._serialized_start=1655
-  _globals['_RECORDKIND']._serialized_end=2023
+  _globals['_REPLICATIONROLE']._serialized_start=1620
+  _globals['_REPLICATIONROLE']._serialized_end=1761
+  _globals['_RECORDKIND']._serialized_start=1764
+  _globals['_RECORDKIND']._serialized_end=2132
   _globals['_FOLLOWREQUEST']._serialized_start=55
   _globals['_FOLLOWREQUEST']._serialized_end=367
   _globals['_FOLLOWOPEN']._serialized_start=369
-  _globals['_FOLLOWOPEN']._serialized_end=463
-  _globals['_FOLLOWACKNOWLEDGEMENT']._serialized_start=465
-  _globals['_FOLLOWACKNOWLEDGEMENT']._serialized_end=504
-  _globals['_FOLLOWDIGEST']._serialized_start=506
-  _globals['_FOLLOWDIGEST']._serialized_end=572
-  _globals['_FOLLOWPROBLEM']._serialized_start=574
-  _globals['_FOLLOWPROBLEM']._serialized_end=642
-  _globals['_FOLLOWREFUSAL']._serialized_start=644
-  _globals['_FOLLOWREFUSAL']._serialized_end=674
-  _globals['_FOLLOWLEAVE']._serialized_start=676
-  _globals['_FOLLOWLEAVE']._serialized_end=689
-  _globals['_FOLLOWRESPONSE']._serialized_start=692
-  _globals['_FOLLOWRESPONSE']._serialized_end=848
-  _globals['_FOLLOWOPENED']._serialized_start=850
-  _globals['_FOLLOWOPENED']._serialized_end=914
-  _globals['_REPLICATIONRECORD']._serialized_start=917
-  _globals['_REPLICATIONRECORD']._serialized_end=1055
-  _globals['_PROMOTEREQUEST']._serialized_start=1057
-  _globals['_PROMOTEREQUEST']._serialized_end=1088
-  _globals['_PROMOTERESPONSE']._serialized_start=1090
-  _globals['_PROMOTERESPONSE']._serialized_end=1140
-  _globals['_FORGETSTANDBYREQUEST']._serialized_start=1142
-  _globals['_FORGETSTANDBYREQUEST']._serialized_end=1164
-  _globals['_FORGETSTANDBYRESPONSE']._serialized_start=1166
-  _globals['_FORGETSTANDBYRESPONSE']._serialized_end=1209
-  _globals['_GETREPLICATIONREQUEST']._serialized_start=1211
-  _globals['_GETREPLICATIONREQUEST']._serialized_end=1234
-  _globals['_GETREPLICATIONRESPONSE']._serialized_start=1237
-  _globals['_GETREPLICATIONRESPONSE']._serialized_end=1508
-  _globals['_REPLICATIONSERVICE']._serialized_start=2026
-  _globals['_REPLICATIONSERVICE']._serialized_end=2366
+  _globals['_FOLLOWOPEN']._serialized_end=478
+  _globals['_FOLLOWACKNOWLEDGEMENT']._serialized_start=480
+  _globals['_FOLLOWACKNOWLEDGEMENT']._serialized_end=519
+  _globals['_FOLLOWDIGEST']._serialized_start=521
+  _globals['_FOLLOWDIGEST']._serialized_end=587
+  _globals['_FOLLOWPROBLEM']._serialized_start=589
+  _globals['_FOLLOWPROBLEM']._serialized_end=657
+  _globals['_FOLLOWREFUSAL']._serialized_start=659
+  _globals['_FOLLOWREFUSAL']._serialized_end=689
+  _globals['_FOLLOWLEAVE']._serialized_start=691
+  _globals['_FOLLOWLEAVE']._serialized_end=704
+  _globals['_FOLLOWRESPONSE']._serialized_start=707
+  _globals['_FOLLOWRESPONSE']._serialized_end=863
+  _globals['_FOLLOWOPENED']._serialized_start=865
+  _globals['_FOLLOWOPENED']._serialized_end=929
+  _globals['_REPLICATIONRECORD']._serialized_start=932
+  _globals['_REPLICATIONRECORD']._serialized_end=1070
+  _globals['_PROMOTEREQUEST']._serialized_start=1072
+  _globals['_PROMOTEREQUEST']._serialized_end=1103
+  _globals['_PROMOTERESPONSE']._serialized_start=1105
+  _globals['_PROMOTERESPONSE']._serialized_end=1155
+  _globals['_FORGETSTANDBYREQUEST']._serialized_start=1157
+  _globals['_FORGETSTANDBYREQUEST']._serialized_end=1179
+  _globals['_FORGETSTANDBYRESPONSE']._serialized_start=1181
+  _globals['_FORGETSTANDBYRESPONSE']._serialized_end=1224
+  _globals['_GETREPLICATIONREQUEST']._serialized_start=1226
+  _globals['_GETREPLICATIONREQUEST']._serialized_end=1249
+  _globals['_GETREPLICATIONRESPONSE']._serialized_start=1252
+  _globals['_GETREPLICATIONRESPONSE']._serialized_end=1617
+  _globals['_REPLICATIONSERVICE']._serialized_start=2135
+  _globals['_REPLICATIONSERVICE']._serialized_end=2475
 # @@protoc_insertion_point(module_scope)

@@ -67,16 +67,18 @@ class FollowRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[FollowOpen, _Mapping]] = ..., acknowledgement: _Optional[_Union[FollowAcknowledgement, _Mapping]] = ..., digest: _Optional[_Union[FollowDigest, _Mapping]] = ..., problem: _Optional[_Union[FollowProblem, _Mapping]] = ..., refusal: _Optional[_Union[FollowRefusal, _Mapping]] = ..., leave: _Optional[_Union[FollowLeave, _Mapping]] = ...) -> None: ...
 
 class FollowOpen(_message.Message):
-    __slots__ = ("standby_id", "primary_id", "received", "promoted_epoch")
+    __slots__ = ("standby_id", "primary_id", "received", "promoted_epoch", "shard")
     STANDBY_ID_FIELD_NUMBER: _ClassVar[int]
     PRIMARY_ID_FIELD_NUMBER: _ClassVar[int]
     RECEIVED_FIELD_NUMBER: _ClassVar[int]
     PROMOTED_EPOCH_FIELD_NUMBER: _ClassVar[int]
+    SHARD_FIELD_NUMBER: _ClassVar[int]
     standby_id: str
     primary_id: str
     received: int
     promoted_epoch: int
-    def __init__(self, standby_id: _Optional[str] = ..., primary_id: _Optional[str] = ..., received: _Optional[int] = ..., promoted_epoch: _Optional[int] = ...) -> None: ...
+    shard: str
+    def __init__(self, standby_id: _Optional[str] = ..., primary_id: _Optional[str] = ..., received: _Optional[int] = ..., promoted_epoch: _Optional[int] = ..., shard: _Optional[str] = ...) -> None: ...
 
 class FollowAcknowledgement(_message.Message):
     __slots__ = ("number",)
@@ -181,7 +183,7 @@ class GetReplicationRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetReplicationResponse(_message.Message):
-    __slots__ = ("role", "epoch", "server_id", "peer_id", "connected", "in_sync", "position", "acknowledged", "sessions", "incomplete", "divergences", "problem")
+    __slots__ = ("role", "epoch", "server_id", "peer_id", "connected", "in_sync", "position", "acknowledged", "sessions", "incomplete", "divergences", "problem", "pending_steps", "pending_bytes", "acknowledged_steps", "promotions")
     ROLE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SERVER_ID_FIELD_NUMBER: _ClassVar[int]
@@ -194,6 +196,10 @@ class GetReplicationResponse(_message.Message):
     INCOMPLETE_FIELD_NUMBER: _ClassVar[int]
     DIVERGENCES_FIELD_NUMBER: _ClassVar[int]
     PROBLEM_FIELD_NUMBER: _ClassVar[int]
+    PENDING_STEPS_FIELD_NUMBER: _ClassVar[int]
+    PENDING_BYTES_FIELD_NUMBER: _ClassVar[int]
+    ACKNOWLEDGED_STEPS_FIELD_NUMBER: _ClassVar[int]
+    PROMOTIONS_FIELD_NUMBER: _ClassVar[int]
     role: ReplicationRole
     epoch: int
     server_id: str
@@ -206,4 +212,8 @@ class GetReplicationResponse(_message.Message):
     incomplete: int
     divergences: int
     problem: str
-    def __init__(self, role: _Optional[_Union[ReplicationRole, str]] = ..., epoch: _Optional[int] = ..., server_id: _Optional[str] = ..., peer_id: _Optional[str] = ..., connected: bool = ..., in_sync: bool = ..., position: _Optional[int] = ..., acknowledged: _Optional[int] = ..., sessions: _Optional[int] = ..., incomplete: _Optional[int] = ..., divergences: _Optional[int] = ..., problem: _Optional[str] = ...) -> None: ...
+    pending_steps: int
+    pending_bytes: int
+    acknowledged_steps: int
+    promotions: int
+    def __init__(self, role: _Optional[_Union[ReplicationRole, str]] = ..., epoch: _Optional[int] = ..., server_id: _Optional[str] = ..., peer_id: _Optional[str] = ..., connected: bool = ..., in_sync: bool = ..., position: _Optional[int] = ..., acknowledged: _Optional[int] = ..., sessions: _Optional[int] = ..., incomplete: _Optional[int] = ..., divergences: _Optional[int] = ..., problem: _Optional[str] = ..., pending_steps: _Optional[int] = ..., pending_bytes: _Optional[int] = ..., acknowledged_steps: _Optional[int] = ..., promotions: _Optional[int] = ...) -> None: ...

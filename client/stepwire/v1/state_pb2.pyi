@@ -25,7 +25,7 @@ class PullHeader(_message.Message):
     def __init__(self, step: _Optional[int] = ..., epoch: _Optional[int] = ..., tensor_steps: _Optional[_Iterable[int]] = ..., load: _Optional[int] = ..., loss_scale: _Optional[_Union[_optimizer_pb2.LossScaleState, _Mapping]] = ..., tensor_scalars: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class LoadOpen(_message.Message):
-    __slots__ = ("session_id", "worker", "attach_token", "load", "slots", "dtype", "step", "tensor_steps", "loss_scale", "epoch", "tensor_scalars")
+    __slots__ = ("session_id", "worker", "attach_token", "load", "slots", "dtype", "step", "tensor_steps", "loss_scale", "epoch", "tensor_scalars", "tables", "by_rows")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
     ATTACH_TOKEN_FIELD_NUMBER: _ClassVar[int]
@@ -37,6 +37,8 @@ class LoadOpen(_message.Message):
     LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     TENSOR_SCALARS_FIELD_NUMBER: _ClassVar[int]
+    TABLES_FIELD_NUMBER: _ClassVar[int]
+    BY_ROWS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     worker: int
     attach_token: int
@@ -48,4 +50,6 @@ class LoadOpen(_message.Message):
     loss_scale: _optimizer_pb2.LossScaleState
     epoch: int
     tensor_scalars: _containers.RepeatedScalarFieldContainer[float]
-    def __init__(self, session_id: _Optional[str] = ..., worker: _Optional[int] = ..., attach_token: _Optional[int] = ..., load: _Optional[int] = ..., slots: _Optional[_Iterable[str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., step: _Optional[int] = ..., tensor_steps: _Optional[_Iterable[int]] = ..., loss_scale: _Optional[_Union[_optimizer_pb2.LossScaleState, _Mapping]] = ..., epoch: _Optional[int] = ..., tensor_scalars: _Optional[_Iterable[float]] = ...) -> None: ...
+    tables: _containers.RepeatedCompositeFieldContainer[_tensor_pb2.TableEntries]
+    by_rows: bool
+    def __init__(self, session_id: _Optional[str] = ..., worker: _Optional[int] = ..., attach_token: _Optional[int] = ..., load: _Optional[int] = ..., slots: _Optional[_Iterable[str]] = ..., dtype: _Optional[_Union[_tensor_pb2.Dtype, str]] = ..., step: _Optional[int] = ..., tensor_steps: _Optional[_Iterable[int]] = ..., loss_scale: _Optional[_Union[_optimizer_pb2.LossScaleState, _Mapping]] = ..., epoch: _Optional[int] = ..., tensor_scalars: _Optional[_Iterable[float]] = ..., tables: _Optional[_Iterable[_Union[_tensor_pb2.TableEntries, _Mapping]]] = ..., by_rows: bool = ...) -> None: ...

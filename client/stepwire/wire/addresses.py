@@ -16,6 +16,7 @@ __all__ = [
     "checked_unix_path",
     "grpc_target",
     "is_on_this_host",
+    "named_host",
     "unix_path",
     "unix_target",
 ]
@@ -99,6 +100,24 @@ def is_on_this_host(target: str) -> bool:
     return bool(hosts) and all(map(_is_loopback, hosts))
 
 
+def named_host(target: str) -> tuple[str, int] | None:
+    """Return the host and the port of `dns:///host:port`; None for an address, for this host, and for other targets.
+
+    A name may have several addresses. One that an authority of its own resolves, `dns://8.8.8.8/host:port`, is gRPC's
+    alone.
+
+    Raises:
+        InvalidRequestError: the target is no address.
+    """
+    rest = target.removeprefix("dns:///") if target.startswith("dns:///") else target.removeprefix("dns:")
+    if rest == target or rest.startswith("//"):
+        return None
+    (host,) = _hosts(target)
+    if _is_loopback(host) or _is_literal(host):
+        return None
+    return host, int(target.rpartition(":")[2])
+
+
 def _hosts(target: str) -> list[str]:
     """Return the hosts in a target with ports; empty for a scheme that gRPC alone understands.
 
@@ -151,6 +170,14 @@ def _is_loopback(host: str) -> bool:
         return name == "localhost" or name.endswith(".localhost")
     inner = getattr(address, "ipv4_mapped", None) or address
     return inner.is_loopback or inner.is_unspecified  # the kernel connects the latter to this host
+
+
+def _is_literal(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _no_target(target: str, problem: str) -> InvalidRequestError:

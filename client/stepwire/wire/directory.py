@@ -1,10 +1,12 @@
 """The directory of shards: a folder that all machines see, with a file for each time that a server began to serve one.
 
-    DIR/NAME/0000000000000003      {"endpoint": "host:port", "epoch": 3, "durable_steps": {"~6a0c…": 12}}
+    DIR/NAME/0000000000000003           {"endpoint": "host:port", "epoch": 3, "durable_steps": {"~6a0c…": 12}}
+    DIR/NAME/0000000000000003.ended     there once the shard has ended for good, with that epoch
 
-A file is created whole and never changes, and the newest epoch of a shard is where its clients go. The directory may be
-old: then a client comes to a server that another one has overtaken. That server says so by the epochs of its data
-directory, and answers nothing. So the directory is a hint, and no part of what makes steps exact.
+A file is created whole and never changes, and the newest epoch of a shard is where its clients go. The oldest files go
+with each new one. The directory may be old: then a client comes to a server that another one has overtaken. That server
+says so by the epochs of its data directory, and answers nothing. So the directory is a hint, and no part of what makes
+steps exact.
 """
 
 from __future__ import annotations
@@ -20,13 +22,23 @@ from typing import Final, NamedTuple
 
 from stepwire.errors import InvalidRequestError, Reason, UnavailableError
 
-__all__ = ["SCHEME", "ShardDirectory", "ShardEntry"]
+__all__ = ["KEPT", "RAY_ACTOR", "RAY_NAMESPACE", "SCHEME", "ShardDirectory", "ShardEntry"]
 
 SCHEME: Final = "directory:"
 """The beginning of a client's target that names a directory."""
 
+RAY_NAMESPACE: Final = "stepwire"
+"""The namespace of the actors of a Ray cluster."""
+
+RAY_ACTOR: Final = "directory"
+"""The name of the actor that reads the directory of a Ray cluster."""
+
+KEPT: Final = 8
+"""The entries of a shard that stay, the newest ones."""
+
 _SHARD: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _EPOCH: Final = re.compile(r"[0-9a-f]{16}")
+_ENDED: Final = ".ended"
 
 
 class ShardEntry(NamedTuple):
@@ -83,17 +95,47 @@ class ShardDirectory:
         finally:
             with contextlib.suppress(OSError):
                 whole.unlink()
+        self._forget_old(folder)
+
+    def _forget_old(self, folder: pathlib.Path) -> None:
+        """Remove the oldest entries of a shard. The newest stays: an old one that comes again tells nobody anything."""
+        for name in _epochs_in(folder)[:-KEPT]:
+            with contextlib.suppress(OSError):
+                (folder / name).unlink()
+                (folder / f"{name}{_ENDED}").unlink(missing_ok=True)
+
+    @property
+    def is_of_one_shard(self) -> bool:
+        """The folder has the entries of one shard, and is below a directory."""
+        try:
+            return any(_EPOCH.fullmatch(path.name) and path.is_file() for path in self._folder.iterdir())
+        except OSError:
+            return False
+
+    def end(self, shard: str, epoch: int) -> None:
+        """Say that a shard has ended with an epoch: a server that begins a later one brings it back.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        (self._folder / shard / f"{epoch:016x}{_ENDED}").touch()
+
+    def has_ended(self, shard: str) -> bool:
+        """Tell whether a shard has ended with its newest epoch."""
+        try:
+            return (self._folder / shard / f"{self.newest(shard)[0]:016x}{_ENDED}").exists()
+        except UnavailableError:
+            return False
 
     def shards(self) -> list[str]:
-        """Return the names of the shards that were ever announced, sorted.
+        """Return the names of the shards that were announced, and have not ended, sorted.
 
         Raises:
             UnavailableError: there is none yet.
         """
         try:
-            found = sorted(
-                path.name for path in self._folder.iterdir() if _SHARD.fullmatch(path.name) and path.is_dir()
-            )
+            names = [path.name for path in self._folder.iterdir() if _SHARD.fullmatch(path.name) and path.is_dir()]
+            found = sorted(name for name in names if not self.has_ended(name))
         except OSError:
             found = []
         if not found:
@@ -118,7 +160,7 @@ class ShardDirectory:
             UnavailableError: nobody has announced it, or the directory cannot be read just now.
         """
         try:
-            names = sorted(path.name for path in (self._folder / shard).iterdir() if _EPOCH.fullmatch(path.name))
+            names = _epochs_in(self._folder / shard)
             found = json.loads((self._folder / shard / names[-1]).read_text())
             steps = {str(digest): int(step) for digest, step in found.get("durable_steps", {}).items()}
             return ShardEntry(int(names[-1], 16), str(found["endpoint"]), steps)
@@ -127,3 +169,8 @@ class ShardDirectory:
                 f"the directory {str(self._folder)!r} does not tell where shard {shard!r} is: {problem}",
                 reason=Reason.UNREACHABLE,
             ) from None
+
+
+def _epochs_in(folder: pathlib.Path) -> list[str]:
+    """Return the names of a shard's entries, by rising epoch."""
+    return sorted(path.name for path in folder.iterdir() if _EPOCH.fullmatch(path.name))

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from stepwire.errors import AuthenticationError, PermissionDeniedError
 from stepwire_server.access.client_certificates import ClientCertificate, ClientCertificates
-from stepwire_server.access.identity import EVERYBODY, METHODS, Identity
+from stepwire_server.access.identity import EVERYBODY, METHODS, OF_ALL_TENANTS, Identity
 from stepwire_server.access.signed_tokens import SignedTokens, looks_signed
 from stepwire_server.access.tokens import TokenFile
 
@@ -79,19 +79,13 @@ class AccessControl:
         Raises:
             AuthenticationError: there is no token, an unknown one, or an expired one; or the certificate counts no
                 longer.
-            PermissionDeniedError: the role of the token may not call the method.
+            PermissionDeniedError: the role of the token may not call the method, or its tenant may not.
         """
         self._certificate(certificate)
-        roles = METHODS.get(method, frozenset())
         if self._open_health and method.startswith(_HEALTH):
             return EVERYBODY
         identity = self.identify(authorization)
-        if identity.role not in roles:
-            raise PermissionDeniedError(
-                f"the token {identity.name!r} has the role {identity.role}, which may not call {method}; use a token "
-                f"with one of the roles {', '.join(sorted(roles)) or 'that nobody has'}",
-                metadata={"method": method, "role": identity.role},
-            )
+        _permit(identity, method)
         return identity
 
     def identify(self, authorization: str | None) -> Identity:
@@ -176,3 +170,24 @@ class AccessControl:
         if certificate is None or self.certificates is None:
             return None
         return self.certificates.admit(certificate)
+
+
+def _permit(identity: Identity, method: str) -> None:
+    """Refuse a method that is not for a role, or not for one tenant.
+
+    Raises:
+        PermissionDeniedError: it is not for this identity.
+    """
+    roles = METHODS.get(method, frozenset())
+    if identity.role not in roles:
+        raise PermissionDeniedError(
+            f"the token {identity.name!r} has the role {identity.role}, which may not call {method}; use a token "
+            f"with one of the roles {', '.join(sorted(roles)) or 'that nobody has'}",
+            metadata={"method": method, "role": identity.role},
+        )
+    if identity.tenant and method in OF_ALL_TENANTS:
+        raise PermissionDeniedError(
+            f"the token {identity.name!r} is of the tenant {identity.tenant!r}, and {method} is of all tenants; use "
+            "a token without a tenant",
+            metadata={"method": method, "role": identity.role},
+        )

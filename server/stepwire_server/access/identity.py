@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Final, NamedTuple
 
-__all__ = ["EVERYBODY", "METHODS", "METRICS_PATH", "STATUS_PATH", "Identity", "Role"]
+__all__ = ["EVERYBODY", "METHODS", "METRICS_PATH", "OF_ALL_TENANTS", "STATUS_PATH", "Identity", "Role"]
 
 
 class Role(enum.StrEnum):
@@ -41,8 +41,8 @@ class Identity(NamedTuple):
 
     @property
     def sees(self) -> str | None:
-        """The tenant whose sessions it sees; None for those of all."""
-        return None if self.role is Role.ADMIN and not self.tenant else self.tenant
+        """The tenant whose sessions it sees; None for those of all. The role `METRICS` sees their numbers alone."""
+        return None if self.role in (Role.ADMIN, Role.METRICS) and not self.tenant else self.tenant
 
 
 EVERYBODY: Final = Identity("", "", Role.ADMIN)
@@ -84,9 +84,20 @@ METHODS: Final[Mapping[str, frozenset[Role]]] = {
     f"{_SERVICE}DeleteCheckpoint": _TRAINERS,
     f"{_SERVICE}Rollback": _TRAINERS,
     f"{_SERVICE}ForkSession": _TRAINERS,
+    f"{_SERVICE}FreezeSession": _TRAINERS,
+    f"{_SERVICE}ThawSession": _TRAINERS,
+    f"{_SERVICE}ExportSession": _TRAINERS,
+    f"{_SERVICE}ImportSession": _TRAINERS,
+    f"{_SERVICE}HandOverSession": _TRAINERS,
+    f"{_SERVICE}GetSuccessor": _READERS,
     f"{_REPLICATION}Follow": frozenset({Role.STANDBY, Role.ADMIN}),
     f"{_REPLICATION}Promote": frozenset({Role.ADMIN}),
     f"{_REPLICATION}ForgetStandby": frozenset({Role.ADMIN}),
     f"{_REPLICATION}GetReplication": _READERS | {Role.STANDBY},
 }
 """The roles that may call each method. A method that is not here is nobody's."""
+
+OF_ALL_TENANTS: Final = frozenset(
+    {METRICS_PATH, *(f"{_REPLICATION}{name}" for name in ("Follow", "Promote", "ForgetStandby", "GetReplication"))}
+)
+"""The methods that tell of the sessions of all tenants, or move them: a token of one tenant may not call them."""

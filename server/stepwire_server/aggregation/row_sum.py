@@ -15,6 +15,7 @@ import numpy as np
 from stepwire.layout import Layout
 from stepwire_server.engines.cpu.exact_sum import EXACT_DIVISOR_BITS, rounded_quotient, significant_bits
 from stepwire_server.engines.cpu.numpy_exact import EXACT_KERNELS
+from stepwire_server.engines.cpu.numpy_lines import few_with_the_sum_of
 from stepwire_server.engines.protocol import HostArray
 from stepwire_server.steps.row_gradients import RowEntries, RowGradients, row_bytes
 from stepwire_server.steps.summed_rows import FLOAT32_BITS, SortedRows, exact_totals
@@ -98,8 +99,8 @@ def _quotients(
             totals, inexact = exact_totals(numbers, firsts, found.counts[part], bits)
             out[part, low : low + columns] = _divided(totals, divisor)
             for row, column in () if exact or not inexact.any() else _doubtful(totals, inexact, divisor):
-                own = numbers[firsts[row] : firsts[row] + found.counts[part[row]], column]
-                out[part[row], low + column] = rounded_quotient(sum(map(Fraction, own.tolist()), Fraction(0)), divisor)
+                own = few_with_the_sum_of(numbers[firsts[row] : firsts[row] + found.counts[part[row]], column])
+                out[part[row], low + column] = rounded_quotient(sum(map(Fraction, own), Fraction(0)), divisor)
     return found.rows, out
 
 

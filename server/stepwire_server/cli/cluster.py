@@ -1,4 +1,4 @@
-"""The commands `stepwire cluster …`: shards on Ray."""
+"""The commands `stepwire cluster …`: shards on Ray, and sessions that move to other servers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
+import stepwire
+from stepwire.errors import InvalidRequestError
 from stepwire_server.cli.options import Json
-from stepwire_server.cluster.cluster_settings import ClusterSettings, Resources, ShardStatus
+from stepwire_server.cli.scaling import Scaling
+from stepwire_server.cluster.cluster_settings import ClusterSettings, Resources, ShardStatus, shard_names
 from stepwire_server.config import load_config, named_bind
 
 if TYPE_CHECKING:
@@ -38,6 +40,12 @@ def up(
     shards: Annotated[int, typer.Option(help="The number of shards.")] = 1,
     cpus: Annotated[float, typer.Option(help="The processors of a shard, as Ray counts them.")] = 1.0,
     gpus: Annotated[float, typer.Option(help="The GPUs of a shard.")] = 0.0,
+    standbys: Annotated[
+        bool,
+        typer.Option(
+            "--standbys", help="Give each shard a second server in the place of a disk, for replicated sessions."
+        ),
+    ] = False,
     address: Address = "",
     as_json: Json = False,
 ) -> None:
@@ -46,7 +54,9 @@ def up(
     Without an address the cluster is this machine's, and the command goes on until SIGTERM or Ctrl-C, which drain it.
     """
     settings = load_config({} if named_bind() else {"bind": "127.0.0.1:0"})  # a port for each shard
-    asked = ClusterSettings(folder.absolute(), shards, settings, Resources(cpus, gpus, settings.memory_budget))
+    asked = ClusterSettings(
+        folder.absolute(), shards, settings, Resources(cpus, gpus, settings.memory_budget), standbys
+    )
     with _joined(address) as cluster:
         _print(cluster.up(asked), as_json)
         if not address:
@@ -87,13 +97,48 @@ def down(address: Address = "auto") -> None:
 
 
 @cluster_app.command()
-def scale(shards: Annotated[int, typer.Argument(help="The number of shards.")], address: Address = "auto") -> None:
-    """Refuse: a session has the shards that it was created on."""
-    raise UnsupportedFeatureError(
-        f"a cluster cannot be scaled to {shards} shards: the ranges of a session stay where it was created. Save the "
-        "state with `pull`, start a cluster of another size, and load the state there",
-        metadata={"field": "shards", "feature": "cluster_scale"},
-    )
+def scale(
+    folder: Annotated[pathlib.Path, typer.Argument(help="The folder of the cluster, as for `up`.")],
+    shards: Annotated[int, typer.Option(help="The number of shards that there are to be.")],
+    session: Annotated[
+        list[str] | None, typer.Option(help="A session to move, by Session.session_id; give each one.")
+    ] = None,
+    cpus: Annotated[float, typer.Option(help="The processors of a new shard, as Ray counts them.")] = 1.0,
+    gpus: Annotated[float, typer.Option(help="The GPUs of a new shard.")] = 0.0,
+    address: Address = "auto",
+) -> None:
+    """Start or end shards, and move sessions onto those that there are to be. Prints the new id of each session.
+
+    Clients see one slow step. A shard ends once no session is on it; sessions that are not named stay where they are.
+    """
+    settings = load_config({} if named_bind() else {"bind": "127.0.0.1:0"})
+    asked = ClusterSettings(folder.absolute(), shards, settings, Resources(cpus, gpus, settings.memory_budget))
+    with _joined(address) as cluster:
+        former = cluster.names()
+        surplus = cluster.grow(asked)
+        for moved in Scaling(asked.directory).scale(session or [], former, shard_names(shards), surplus):
+            print(moved, flush=True)
+        complete = cluster.drain(surplus)
+        Scaling(asked.directory).end(name for name, whole in complete.items() if whole)
+    for name, whole in complete.items():
+        print(f"{name}: {'ended' if whole else 'ended before everything was saved'}")
+    raise typer.Exit(0 if all(complete.values()) else 1)
+
+
+@cluster_app.command()
+def move(
+    session: Annotated[str, typer.Argument(help="The session, by Session.session_id.")],
+    target: Annotated[list[str], typer.Option(help="A server that has the session, or a directory; give each one.")],
+    onto: Annotated[
+        list[str], typer.Option(help="A server that is to have it, as its clients name it; give each one, in order.")
+    ],
+    timeout: Annotated[float, typer.Option(help="The longest time of the move, in seconds.")] = 600.0,
+) -> None:
+    """Move a session onto other servers, whoever placed them, at the end of a step. Prints the new id.
+
+    Its client sees one slow step. Whatever fails, the session is where it was or where it was to be; move it again.
+    """
+    print(stepwire.move_session(session, target, onto, timeout=timeout))
 
 
 def _joined(address: str, patience_seconds: float = 120.0) -> RayCluster:
@@ -111,7 +156,8 @@ def _print(found: list[ShardStatus], as_json: bool) -> None:
         raise InvalidRequestError.of("address", "the Ray cluster has no shards; start some with `stepwire cluster up`")
     for each in found:
         state = each.problem or f"{each.endpoint}, epoch {each.epoch}, {each.sessions} sessions, process {each.pid}"
-        print(f"{each.name}: {'draining, ' if each.draining else ''}{state}", flush=True)
+        role = "" if each.problem or each.role == "none" else f"{each.role}{' in sync' if each.in_sync else ''}, "
+        print(f"{each.name}: {'draining, ' if each.draining else ''}{role}{state}", flush=True)
 
 
 def _await_signal() -> None:

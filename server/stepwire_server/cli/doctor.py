@@ -15,7 +15,7 @@ from stepwire_server.doctor import machine
 __all__ = ["diagnose"]
 
 
-@takes_settings("device", "bind", "data_dir")
+@takes_settings("device", "bind", "data_dir", "checkpoint_store")
 def diagnose(
     *,
     config: Annotated[
@@ -36,7 +36,7 @@ def diagnose(
     """
     if target is None:
         settings = load_config(flags, file=config)
-        findings = machine.examine(settings.device, settings.bind, settings.data_dir)
+        findings = machine.examine(settings.device, settings.bind, settings.data_dir, settings.checkpoint_store)
     else:
         from stepwire_server.doctor.target import examine_target
 

@@ -18,15 +18,16 @@ import structlog
 import typer
 
 from stepwire_server.cli.options import takes_settings
-from stepwire_server.config import ServerConfig, kubernetes_variables, load_config
+from stepwire_server.config import ServerConfig, kubernetes_variables, load_config, silence_grpc
 from stepwire_server.engines.compiled import cache as kernel_cache
 from stepwire_server.host import heap, limits, parent, serving_thread
 from stepwire_server.observability.logs import configure_logging, discard_unwritten_lines
 
-__all__ = ["DEVICE_LOST_EXIT_CODE", "serve"]
+__all__ = ["RESTART_EXIT_CODE", "serve"]
 
-DEVICE_LOST_EXIT_CODE: Final = 75
-"""The exit code after a device has failed for good: `EX_TEMPFAIL` of sysexits, since a new process has the device."""
+RESTART_EXIT_CODE: Final = os.EX_TEMPFAIL
+"""The exit code of a server that only a new process replaces, 75. A device has failed for good, and the new process has
+it; or another server has the sessions of a pair, and the new process follows that one."""
 
 _SECOND_SIGNAL_SECONDS: Final = 1.0
 """Signals within this time are one request."""
@@ -45,13 +46,15 @@ def serve(
     """Run a server until SIGTERM or SIGINT; steps under way finish, new steps are refused, and the exit code is 0.
 
     A second signal, a second later, ends the wait for steps. After a GPU has failed for good the server ends by itself,
-    with exit code 75, and after gRPC has failed with 71: start it again.
+    with exit code 75, and after gRPC has failed with 71: start it again. So does a server with --standby-of directory
+    that was overtaken, with 75: started again, it follows its successor.
 
     Every setting is a flag, an environment variable STEPWIRE_<NAME> and a key of the TOML file. Flags win over
     variables, and variables over the file. A number of bytes may have a unit, such as 8G or 512MiB.
     """
     settings = load_config(flags, file=config)
     configure_logging(settings.log_level, settings.log_json)
+    silence_grpc()
     if ignored := kubernetes_variables():
         _log.info("variables of kubernetes are ignored", variables=ignored)
     limits.require_descriptors()
@@ -83,7 +86,7 @@ def _serve(settings: ServerConfig) -> int:
         drained = server.drain()
         if server.lost:
             # What waits for a lost device may wait for ever, so nothing is closed. The log's lines are written already.
-            os._exit(DEVICE_LOST_EXIT_CODE)
+            os._exit(RESTART_EXIT_CODE)
         return 0 if drained else 1
 
 

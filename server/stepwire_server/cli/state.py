@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Mapping
 from typing import Annotated, Any, Final
 
 import numpy as np
@@ -19,14 +18,13 @@ from stepwire_server.cli.options import Json, Target, Timeout
 from stepwire_server.cli.progress import progress_bar, telling_of_reads, verified
 from stepwire_server.cli.state_config import config_of, metadata_of, numbers_of, options_of
 from stepwire_server.cli.state_forms import FORMS, Numbers, State, arrays_of, decoded_slots, params_of, state_of
+from stepwire_server.cli.state_tables import TablesOfCheckpoint, check_forms, is_of_tables, refuse_import
 from stepwire_server.cli.tensor_file import Tensor, TensorFile, read_tensor_file, write_tensor_file
 from stepwire_server.durability.archive import checkpoints_of
 from stepwire_server.durability.checkpoint import Checkpoint
 from stepwire_server.durability.checkpoints import CheckpointStore
 from stepwire_server.durability.disk import Disk
 from stepwire_server.durability.manifest import Manifest
-from stepwire_server.rules import RowSemantics
-from stepwire_server.sessions.row_numbers import ROW_IDS, ROW_NUMBERS
 
 __all__ = ["state_app"]
 
@@ -37,7 +35,6 @@ state_app = typer.Typer(
 )
 
 _FLOAT32: Final = np.dtype(np.float32)
-_COUNTING: Final = tuple(semantics.value for semantics in RowSemantics if semantics.counts_rows)
 
 FormName = Annotated[str, typer.Option("--form", metavar="<form>", help=f"The names in the file: {', '.join(FORMS)}.")]
 File = Annotated[str, typer.Argument(metavar="FILE", help="The file, in the safetensors format.")]
@@ -63,11 +60,12 @@ def export_state(
             message = config_of(manifest.config)
             specs = specs_from_wire(message)
             layout = place(specs, max(len(message.groups), 1))
-            state = _state_of(found, layout)
+            check_forms(form, layout)
+            tables = TablesOfCheckpoint(found, layout)
+            state = _state_of(found, layout, tables)
             frozen = [spec.name for spec in specs if spec.frozen]
             optimizer = SessionConfig.from_wire(message).optimizer
-            _check_tables(form, SessionConfig.from_wire(message).tables)
-            arrays = arrays_of(form, state, optimizer, frozen)
+            arrays = arrays_of(form, state, optimizer, frozen) | tables.beside()
             with progress_bar("writing", sum(array.nbytes for array in arrays.values())) as advance:
                 arrays = telling_of_reads(arrays, advance)
                 write_tensor_file(pathlib.Path(file), arrays, metadata_of(form, message, state.numbers))
@@ -105,7 +103,7 @@ def import_state(
                 if optimizer:
                     raise stepwire.InvalidRequestError.of("optimizer", "a session that exists has one already")
                 session = client.session(session_id)
-                _refuse_numbers_of_rows(session.config.tables)
+                refuse_import(read.tensors, session.config.tables)
                 _load(session, form, read)
             else:
                 session = _created(client, form, read, optimizer, durability)
@@ -118,14 +116,6 @@ def _check_form(form: str) -> None:
         raise stepwire.InvalidRequestError.of("form", f"{form!r} is none of {', '.join(FORMS)}")
 
 
-def _check_tables(form: str, tables: Mapping[str, str]) -> None:
-    for name, meaning in tables.items():
-        if meaning == "row_wise" and form not in ("stepwire", "torch"):
-            raise stepwire.InvalidRequestError.of(
-                "form", f"{form} has no counterpart of one sum a row, of table {name!r}; use the form torch or stepwire"
-            )
-
-
 def _opened(store: CheckpointStore, name: str) -> Checkpoint:
     if name:
         return store.open(name)
@@ -134,61 +124,30 @@ def _opened(store: CheckpointStore, name: str) -> Checkpoint:
     return newest
 
 
-def _state_of(checkpoint: Checkpoint, layout: Layout) -> State:
+def _state_of(checkpoint: Checkpoint, layout: Layout, tables: TablesOfCheckpoint) -> State:
     """Return the state in a checkpoint; its arrays are read when they are needed.
 
     Raises:
         InvalidRequestError: the arrays are not those of the config.
     """
     manifest, tensors = checkpoint.manifest, layout.tensors
-    sums = {f"{ROW_NUMBERS}{index}": each for index, each in layout.tables.items() if each.spec.table == "row_wise"}
-    for slot, facts in manifest.arrays.items():
-        if slot in sums:
-            continue
-        if slot.startswith(ROW_NUMBERS):
+    plain = [slot for slot in manifest.arrays if not is_of_tables(slot)]
+    for slot in plain:
+        elements = manifest.arrays[slot].elements
+        if elements != layout.size or len(manifest.tensor_steps) != len(tensors):
             raise stepwire.InvalidRequestError.of(
-                "checkpoint", "its tables count their rows, and files of state have no such numbers; fork the session"
+                "checkpoint", f"{slot!r} has {elements} elements, and the config {layout.size}"
             )
-        if slot.startswith(ROW_IDS):
-            raise stepwire.InvalidRequestError.of(
-                "checkpoint", "rows of its tables are named by ids, and files of state have none; fork the session"
-            )
-        if facts.elements != layout.size or len(manifest.tensor_steps) != len(tensors):
-            raise stepwire.InvalidRequestError.of(
-                "checkpoint", f"{slot!r} has {facts.elements} elements, and the config {layout.size}"
-            )
-    plain = [slot for slot in manifest.arrays if slot not in sums]
-    slots = {slot: {each.spec.name: _tensor(checkpoint, slot, each) for each in tensors} for slot in plain}
-    if sums:
-        of_rows = {each.spec.name: _sums(checkpoint, slot, each) for slot, each in sums.items()}
-        slots["sum"] = {**slots.get("sum", {}), **of_rows}
+    slots = {
+        slot: {
+            each.spec.name: tables.slot(slot, index, each) or _tensor(checkpoint, slot, each)
+            for index, each in enumerate(tensors)
+        }
+        for slot in plain
+    }
+    if sums := tables.sums():
+        slots["sum"] = {**slots.get("sum", {}), **sums}
     return State(slots, _numbers_of(manifest, layout))
-
-
-def _sums(checkpoint: Checkpoint, slot: str, placed: Placement) -> Tensor:
-    """Return the sums of the rows of a table, `(rows, 1, …)` as TorchRec has them."""
-    shape = (placed.spec.shape[0], *(1 for _ in placed.spec.shape[1:]))
-
-    def read() -> Any:
-        values = np.empty(shape[0], np.float32)
-        checkpoint.body.read(slot, 0, values)
-        return values.reshape(shape)
-
-    return Tensor(shape, _FLOAT32, read)
-
-
-def _refuse_numbers_of_rows(tables: Mapping[str, str]) -> None:
-    """Refuse to import into tables that keep numbers of rows.
-
-    Raises:
-        InvalidRequestError: a table keeps some.
-    """
-    for name, meaning in tables.items():
-        if meaning in _COUNTING:
-            raise stepwire.InvalidRequestError.of(
-                "file",
-                f"table {name!r} is {meaning!r}, and no load brings numbers of rows; fork the session",
-            )
 
 
 def _tensor(checkpoint: Checkpoint, slot: str, placed: Placement) -> Tensor:
@@ -215,7 +174,7 @@ def _numbers_of(manifest: Manifest, layout: Layout) -> Numbers:
 def _created(client: Any, form: str, read: TensorFile, optimizer: str, durability: str) -> stepwire.Session:
     """Create a session with the state of a file; nothing stays of one that fails."""
     options = options_of(read.metadata, optimizer)
-    _refuse_numbers_of_rows(options.get("tables", {}))
+    refuse_import(read.tensors, options.get("tables", {}))
     params = params_of(form, read.tensors, options["optimizer"])
     arrays = {name: _float32(tensor) for name, tensor in params.items()}
     session: stepwire.Session = client.create_session(arrays, durability=durability, **options)

@@ -201,9 +201,11 @@ def _screen(as_json: bool) -> Iterator[Callable[[Statistics], None]]:
 
 @contextlib.contextmanager
 def _live() -> Iterator[Callable[[Statistics], None]]:
+    from rich.console import Console
     from rich.live import Live
 
-    with Live(screen=True, auto_refresh=False) as live:
+    console = Console()  # of the terminal as it is now: that of the whole process keeps its first width
+    with Live(console=console, screen=True, auto_refresh=False) as live:
         yield lambda statistics: live.update(drawn(statistics), refresh=True)
 
 

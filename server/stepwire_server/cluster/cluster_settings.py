@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import pathlib
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
 from stepwire.errors import InvalidRequestError
 from stepwire_server.config import ServerConfig
+from stepwire_server.processes.standby_settings import FROM_DIRECTORY
 
-__all__ = ["ClusterSettings", "Resources", "ShardStatus", "shard_names"]
+__all__ = ["ClusterSettings", "Resources", "ShardStatus", "shard_names", "standby_name"]
 
-_MOST_SHARDS = 4096
+_MOST_SHARDS: Final = 4096
+_PROMOTE_AFTER_SECONDS: Final = 10
+_SHARD, _STANDBY = "shard-", "standby-"
 
 
 class Resources(NamedTuple):
@@ -30,15 +33,17 @@ class Resources(NamedTuple):
 
 
 class ShardStatus(NamedTuple):
-    """The state of one shard.
+    """The state of one server of a shard.
 
     Attributes:
-        name: its name.
+        name: the name of its actor: the shard's, or that of the shard's second server.
         endpoint: its address for clients; empty while it does not answer.
         epoch: the epoch of its data directory; 0 while it does not answer.
         pid: the number of its process.
         sessions: the sessions in its memory.
         draining: it refuses new steps.
+        role: "primary", "standby" or "deposed" in a shard of two servers; "none" otherwise.
+        in_sync: the standby has all, and may be promoted.
         problem: the reason why it does not answer; empty for one that does.
     """
 
@@ -48,6 +53,8 @@ class ShardStatus(NamedTuple):
     pid: int = 0
     sessions: int = 0
     draining: bool = False
+    role: str = "none"
+    in_sync: bool = False
     problem: str = ""
 
 
@@ -59,12 +66,14 @@ class ClusterSettings(NamedTuple):
         shards: the number of shards.
         server: the settings that all shards have in common.
         resources: the resources of each.
+        standbys: each shard has two servers and no disk: a primary, and a standby that is promoted in its place.
     """
 
     folder: pathlib.Path
     shards: int
     server: ServerConfig
     resources: Resources = Resources()
+    standbys: bool = False
 
     @property
     def directory(self) -> pathlib.Path:
@@ -72,12 +81,15 @@ class ClusterSettings(NamedTuple):
         return self.folder / "directory"
 
     def server_of(self, name: str) -> ServerConfig:
-        """Return the settings of a shard."""
+        """Return the settings of a shard; its two servers have the same, and come in the role that is vacant."""
+        announced = msgspec.structs.replace(self.server, directory=str(self.directory), shard=name)
+        if not self.standbys:
+            return msgspec.structs.replace(announced, data_dir=str(self.folder / "data" / name))
         return msgspec.structs.replace(
-            self.server,
-            data_dir=str(self.folder / "data" / name),
-            directory=str(self.directory),
-            shard=name,
+            announced,
+            standby=self.server.standby or "required",
+            standby_of=FROM_DIRECTORY,
+            promote_after_seconds=self.server.promote_after_seconds or _PROMOTE_AFTER_SECONDS,
         )
 
 
@@ -89,4 +101,9 @@ def shard_names(shards: int) -> list[str]:
     """
     if not 1 <= shards <= _MOST_SHARDS:
         raise InvalidRequestError.of("shards", f"{shards} is not in [1, {_MOST_SHARDS}]")
-    return [f"shard-{index:04d}" for index in range(shards)]
+    return [f"{_SHARD}{index:04d}" for index in range(shards)]
+
+
+def standby_name(shard: str) -> str:
+    """Return the name of the second server of a shard."""
+    return shard.replace(_SHARD, _STANDBY)

@@ -20,28 +20,35 @@ __all__ = ["ShardServer"]
 class ShardServer:
     """One shard, from its recovery to its drain."""
 
-    def __init__(self, config: ServerConfig) -> None:
-        """Recover, announce, and serve.
+    def __init__(self, config: ServerConfig, name: str = "") -> None:
+        """Recover, announce, and serve; or follow the other server of the shard.
+
+        Args:
+            config: the settings.
+            name: the name of the actor; empty for that of the shard.
 
         Raises:
             StepwireError: as `Server`.
         """
         configure_logging(config.log_level, True)
-        self._config = config
+        self._config, self._name = config, name or config.shard
         self._server = Server(config)
+        self._server.on_lost(lambda: os._exit(os.EX_TEMPFAIL))  # and Ray makes the actor anew
         self._server.start()
         self._draining = False
 
     def status(self) -> ShardStatus:
         """Tell the state of the shard."""
-        server, directory = self._server, self._server.registry.directory
+        server, replication = self._server, self._server.replication.status()
         return ShardStatus(
-            name=self._config.shard,
+            name=self._name,
             endpoint=endpoint_of(self._config, server.target, server.port),
-            epoch=0 if directory is None else directory.epoch,
+            epoch=replication.epoch or server.registry.epoch,
             pid=os.getpid(),
             sessions=server.registry.statistics().sessions,
             draining=self._draining,
+            role=replication.role,
+            in_sync=replication.in_sync,
         )
 
     def drain(self) -> bool:

@@ -1,6 +1,7 @@
 """The settings of the server, and the one room that reads the environment.
 
-`settings` has the fields, `parse` reads a value, `environment` knows the variables, and `load` merges all sources.
+`hosting` and `settings` have the fields, within `constraints`. `parse` reads a value, `environment` knows the
+variables, and `load` merges all sources.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from stepwire_server.config.environment import (
     environment_of,
     kubernetes_variables,
     named_bind,
+    silence_grpc,
 )
 from stepwire_server.config.load import load_config
 from stepwire_server.config.parse import ENVIRONMENT_PREFIX
@@ -28,4 +30,5 @@ __all__ = [
     "kubernetes_variables",
     "load_config",
     "named_bind",
+    "silence_grpc",
 ]

@@ -23,6 +23,7 @@ __all__ = [
     "kubernetes_variables",
     "named_bind",
     "setting_name",
+    "silence_grpc",
 ]
 
 ENVIRONMENT: Final[Mapping[str, str]] = os.environ
@@ -32,6 +33,15 @@ CONFIG_VARIABLE: Final = "STEPWIRE_CONFIG"
 DEFAULT_TARGET: Final = "localhost:50051"
 
 _EVERY_ADDRESS: Final = ("0.0.0.0", "[::]")
+
+
+def silence_grpc() -> None:
+    """Have gRPC write nothing to standard error, unless its own variable says otherwise; call before gRPC is used.
+
+    Strangers cause a line with every handshake that fails, as often as they like.
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
 
 # Variables of other parts of the distribution.
 _FOREIGN: Final = frozenset(

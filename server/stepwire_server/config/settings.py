@@ -6,12 +6,14 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from stepwire_server.config.core_settings import BYTES, KIB, MIB, CoreSettings, Count, Positive, Seconds, text
+from stepwire.wire.packets import MOST_SPIN_MICROSECONDS
+from stepwire_server.config.constraints import BYTES, KIB, MIB, Count, Positive, Seconds, text
+from stepwire_server.config.hosting import HostingSettings
 
 __all__ = ["MIB", "ServerConfig"]
 
 
-class ServerConfig(CoreSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ServerConfig(HostingSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The settings of a server.
 
     Each field is a flag, an environment variable and a key of the TOML file. The description of a field is the help
@@ -186,6 +188,13 @@ class ServerConfig(CoreSettings, frozen=True, kw_only=True, forbid_unknown_field
             "one before."
         ),
     ] = True
+    lane_spin_microseconds: Annotated[
+        Annotated[int, Meta(ge=0, le=MOST_SPIN_MICROSECONDS)],
+        Meta(
+            description="How long a compiled lane waits awake for the next step before it sleeps, up to 50. It "
+            "saves the wake of a core that is idle, and costs that core. 0 means that it sleeps at once."
+        ),
+    ] = 0
     cuda_ipc: Annotated[
         bool, Meta(description="Share the memory of a GPU with clients on this machine, by CUDA IPC.")
     ] = True
@@ -224,8 +233,8 @@ class ServerConfig(CoreSettings, frozen=True, kw_only=True, forbid_unknown_field
     shard: Annotated[
         str,
         Meta(
-            description="The name of this server's shard in the directory, such as shard-0; it stays with the data "
-            "directory."
+            description="The name of this server's shard, such as shard-0, in the directory and for clients of one "
+            "name of several servers."
         ),
         text("letters, digits, '.', '_' and '-'", r"^([A-Za-z0-9][A-Za-z0-9._-]{0,63})?$"),
     ] = ""
@@ -250,3 +259,8 @@ class ServerConfig(CoreSettings, frozen=True, kw_only=True, forbid_unknown_field
         bool | None,
         Meta(description="Write log lines as JSON; by default lines are JSON unless standard output is a terminal."),
     ] = None
+
+    @property
+    def socket_besides(self) -> str:
+        """The setting of the Unix socket, where "auto" is none by the side of a port that asks for certificates."""
+        return "off" if self.unix_socket == "auto" and self.tls_client_ca else self.unix_socket

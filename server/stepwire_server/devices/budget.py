@@ -34,7 +34,7 @@ class MemoryBudget:
         self.limit_bytes = limit_bytes
         self._reserved_bytes = 0
         self._released_bytes = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the collector may end a reservation in the middle of another one
         self._make_room: Callable[[], bool] = lambda: False
 
     @property

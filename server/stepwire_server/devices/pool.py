@@ -148,6 +148,10 @@ class DevicePool:
             return self.named(name)
         return max(self._devices, key=lambda device: device.budget.limit_bytes - device.budget.reserved_bytes)
 
+    def choose_like(self, name: str) -> Device:
+        """Return the device that another server had by this name, or any where this one has none of the name."""
+        return self.choose(name if name in [device.name for device in self._devices] else "")
+
     def statistics(self) -> tuple[DeviceStatistics, ...]:
         """Return the state of each device now, in order."""
         return tuple(device.statistics() for device in self._devices)

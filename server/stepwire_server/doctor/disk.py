@@ -11,7 +11,7 @@ from typing import Final
 
 from stepwire_server.engines.probe import Finding
 
-__all__ = ["examine_data_directory", "file_system_of"]
+__all__ = ["examine_data_directory", "existing_above", "file_system_of"]
 
 _CHECK: Final = "data directory"
 _PAGE: Final = 4096
@@ -24,7 +24,7 @@ def examine_data_directory(data_dir: str) -> list[Finding]:
     """Check the setting `data_dir`; nothing is left behind. Without one there is no finding."""
     if not data_dir:
         return []
-    folder = _existing(pathlib.Path(data_dir).absolute())
+    folder = existing_above(pathlib.Path(data_dir).absolute())
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".stepwire-") as file:
             direct, seconds = _accepts_direct(pathlib.Path(file.name)), _sync_seconds(file.fileno())
@@ -55,8 +55,8 @@ def file_system_of(folder: pathlib.Path) -> str:
     return found[1]
 
 
-def _existing(folder: pathlib.Path) -> pathlib.Path:
-    """Return the nearest folder above that exists: a server makes the rest."""
+def existing_above(folder: pathlib.Path) -> pathlib.Path:
+    """Return a folder, or the nearest one above it that exists: a server makes the rest."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return folder

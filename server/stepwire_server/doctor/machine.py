@@ -14,6 +14,7 @@ from typing import Any, Final
 from stepwire_server.config import ENVIRONMENT, MIB
 from stepwire_server.doctor.disk import examine_data_directory
 from stepwire_server.doctor.port import examine_port
+from stepwire_server.doctor.store import examine_checkpoint_store
 from stepwire_server.engines.compiled import cache as kernel_cache
 from stepwire_server.engines.probe import Finding, asked_gpus, examine_cuda, visible_gpus
 from stepwire_server.host import limits as host
@@ -44,13 +45,16 @@ _CACHE_REMEDY: Final = (
 )
 
 
-def examine(config_device: str, bind: str, data_dir: str = "", cupy: Any = None) -> list[Finding]:
+def examine(
+    config_device: str, bind: str, data_dir: str = "", checkpoint_store: str = "", cupy: Any = None
+) -> list[Finding]:
     """Check everything that a server with these settings needs. The checks leave nothing behind and raise nothing.
 
     Args:
         config_device: the setting `device`, such as "auto" or "cuda:0,cuda:1".
         bind: the setting `bind`, host:port or unix:/path.
         data_dir: the setting `data_dir`; empty for none.
+        checkpoint_store: the setting `checkpoint_store`; empty for none.
         cupy: the CuPy module, or a stand-in; None imports it if a GPU is asked for.
     """
     return [
@@ -61,6 +65,7 @@ def examine(config_device: str, bind: str, data_dir: str = "", cupy: Any = None)
         examine_shared_memory(),
         examine_open_files(),
         *examine_data_directory(data_dir),
+        *examine_checkpoint_store(checkpoint_store),
     ]
 
 

@@ -84,6 +84,8 @@ class LoadEntry(_Entry, frozen=True, kw_only=True):
         loss_scale: scale and clean steps; None to leave them.
         sum_bound: no element of an accumulated gradient is larger in magnitude; None if that is not known.
         worker: the worker of the hold.
+        by_rows: it brought parameters of some rows of tables, and not whole slots.
+        tables: these tables, by index, each with its number of rows.
     """
 
     load: int
@@ -98,6 +100,8 @@ class LoadEntry(_Entry, frozen=True, kw_only=True):
     loss_scale: tuple[float, int] | None = None
     sum_bound: float | None = None
     worker: int = 0
+    by_rows: bool = False
+    tables: tuple[tuple[int, int], ...] = ()
 
 
 class HoldEntry(_Entry, frozen=True, kw_only=True):

@@ -109,6 +109,12 @@ class ObjectStore:
             for part in self._obstore.get(self._store, key).stream(min_chunk_size=_PART_BYTES):
                 yield bytes(part)
 
+    def modified(self, key: str) -> float:
+        """Return the time of an object's writing by the clock of the store, in seconds since 1970."""
+        with self._failing(f"look at {key}"):
+            found: datetime.datetime = self._obstore.head(self._store, key)["last_modified"]
+        return found.timestamp()
+
     def keys(self, prefix: str) -> list[str]:
         """Return the keys below a prefix, which ends with a slash, sorted."""
         with self._failing(f"list {prefix}"):

@@ -12,35 +12,26 @@ from stepwire_server.durability.checkpoint import CheckpointInfo
 from stepwire_server.durability.disk import Disk
 from stepwire_server.durability.epochs import Epochs
 from stepwire_server.durability.mirror import CLOSED, Mirror
+from stepwire_server.durability.moved import MovedSessions
 from stepwire_server.durability.object_store import ObjectStore
 from stepwire_server.durability.succession import Succession
+from stepwire_server.records.session_reasons import OF_SESSIONS
 
 __all__ = ["LOG", "Ownership"]
 
 LOG: Final = "log"
 
-_OF_STATE: Final = frozenset(
-    {
-        Reason.SESSION_NOT_FOUND,
-        Reason.STEP_MISMATCH,
-        Reason.STEP_SUPERSEDED,
-        Reason.STEP_UNFINISHED,
-        Reason.STATE_CHANGED,
-        Reason.STATE_LOST,
-        Reason.STALE_EPOCH,
-        Reason.FENCED,
-        Reason.SESSION_NOT_READY,
-        Reason.SESSION_DAMAGED,
-        Reason.DURABLE_STEP_LOST,
-        Reason.DURABILITY_FAILED,
-        Reason.CHECKPOINT_DAMAGED,
-        Reason.LOG_DAMAGED,
-        Reason.INTERNAL,
-    }
-)
+_OF_STATE: Final = OF_SESSIONS | {
+    Reason.STATE_LOST,
+    Reason.SESSION_DAMAGED,
+    Reason.DURABILITY_FAILED,
+    Reason.CHECKPOINT_DAMAGED,
+    Reason.LOG_DAMAGED,
+    Reason.INTERNAL,
+}
 """The reasons of errors that tell of sessions, or of the disk."""
 
-_EPOCHS, _SESSIONS, _WORK = "epochs", "sessions", "work"
+_EPOCHS, _SESSIONS, _WORK, _MOVED = "epochs", "sessions", "work", "moved"
 
 
 class Ownership:
@@ -51,6 +42,7 @@ class Ownership:
         epoch: the epoch of this owner.
         archive: the sessions on disk.
         mirror: the copy in an object store; None without one.
+        moved: the sessions that live on elsewhere.
     """
 
     def __init__(self, disk: Disk, folder: pathlib.Path, store_url: str) -> None:
@@ -63,7 +55,7 @@ class Ownership:
             OSError: the disk or the store failed.
         """
         self.folder = folder
-        for path in (folder, *(folder / name for name in (_EPOCHS, LOG, _SESSIONS, _WORK, CLOSED))):
+        for path in (folder, *(folder / name for name in (_EPOCHS, LOG, _SESSIONS, _WORK, CLOSED, _MOVED))):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._epochs = Epochs(disk, folder / _EPOCHS)
         succession = Succession(disk, folder, ObjectStore.open(store_url)) if store_url else None
@@ -74,6 +66,9 @@ class Ownership:
         work = self._epochs.work(self.epoch, folder / _WORK)
         self.archive = Archive(disk, folder / _SESSIONS, work)
         self.archive.tidy()
+        self.moved = MovedSessions.read(disk, folder / _MOVED, work)  # behind `work`: an older owner can add none
+        for session_id in filter(self.archive.has, self.moved.ids()):
+            self.archive.remove(session_id)
         self.mirror = None if succession is None else Mirror(disk, folder, self.archive, succession, self.epoch)
 
     def holds(self) -> bool:

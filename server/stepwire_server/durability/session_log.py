@@ -28,11 +28,6 @@ class RecordWriter(Protocol):
     """The place of a session's records: a log on the disk, `LogWriter`, or the memory of a standby."""
 
     @property
-    def keeps(self) -> bool:
-        """A commit that was waited for survives a loss of the server."""
-        ...
-
-    @property
     def written_bytes(self) -> int:
         """The bytes of the records so far."""
         ...
@@ -57,6 +52,10 @@ class RecordWriter(Protocol):
 
     def wait(self, number: int) -> None:
         """See `LogWriter.wait`."""
+        ...
+
+    def keeps(self, number: int) -> bool:
+        """Tell whether a record that was waited for survives a loss of the server."""
         ...
 
     def drop(self, session: bytes, entry: int) -> None:
@@ -162,11 +161,6 @@ class SessionLog:
         """The bytes of the whole log so far."""
         return self._writer.written_bytes
 
-    @property
-    def keeps(self) -> bool:
-        """A commit that was waited for survives a loss of the server."""
-        return self._writer.keeps
-
     def check(self) -> None:
         """Refuse when nothing can become durable any more.
 
@@ -208,6 +202,10 @@ class SessionLog:
         """Append a record, and return its number; after a durable one the caller calls `wait`."""
         record = Record(kind, self._session, entry, meta, _NONE if payload is None else payload)
         return self._writer.append(record, durable=durable, awaited=durable)
+
+    def keeps(self, number: int) -> bool:
+        """See `RecordWriter.keeps`."""
+        return self._writer.keeps(number)
 
     def wait(self, number: int) -> None:
         """Wait until a record and all before it are durable, and this server still owns the directory.

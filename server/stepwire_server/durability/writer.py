@@ -133,11 +133,6 @@ class LogWriter:
         return self._segments.direct
 
     @property
-    def keeps(self) -> bool:
-        """A commit that was waited for survives a loss of the server."""
-        return True
-
-    @property
     def written_bytes(self) -> int:
         """The bytes of the records so far."""
         return self._segments.written_bytes
@@ -237,6 +232,10 @@ class LogWriter:
                 return
             self.check()
         raise DeadlineExceededError(f"record {number} of the log was not durable within {timeout} s")
+
+    def keeps(self, number: int) -> bool:
+        """Tell whether a record that was waited for survives a loss of the server: the disk has it."""
+        return True
 
     def drop(self, session: bytes, entry: int) -> None:
         """Note that the chunks of an entry belong to no commit: on the disk they do no harm."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ def choose_engines(
     threads: int | None = None,
     cupy: Any = None,
     options: CudaOptions = _OPTIONS,
+    lane_spin_microseconds: int = 0,
 ) -> Choice:
     """Start the engines for a server's devices.
 
@@ -47,6 +49,7 @@ def choose_engines(
         threads: the threads of the CPU engine; None for one a processor.
         cupy: a stand-in for the CuPy module; None to import CuPy where it is needed.
         options: the working memory of GPU engines.
+        lane_spin_microseconds: the moment of spinning of the CPU engine's compiled lanes; see `LaneLoops`.
 
     Returns:
         The engines and the reason for them.
@@ -56,20 +59,21 @@ def choose_engines(
         UnsupportedFeatureError: GPUs were asked for and none works, or a GPU asked for by number does not. The message
             names the fault and the remedy.
     """
+    cpu = functools.partial(CpuEngine, threads, lane_spin_microseconds=lane_spin_microseconds)
     numbers = _numbers(device)
     if device == "cpu":
-        return Choice((CpuEngine(threads),), "the CPU was asked for")
+        return Choice((cpu(),), "the CPU was asked for")
     if numbers:
         return Choice(_start_all(numbers, cupy, options), f"{device} was asked for")
     engines, problems = _start_working(visible_gpus(cupy), cupy, options)
     if not engines and device == "cuda":
         raise problems[0]
     if not engines and all(problem.metadata.get("check") == "cupy" for problem in problems):  # of most machines: short
-        return Choice((CpuEngine(threads),), "no GPU is used: CuPy cannot be imported, as `stepwire doctor` explains")
+        return Choice((cpu(),), "no GPU is used: CuPy cannot be imported, as `stepwire doctor` explains")
     told = "; ".join(map(str, problems))
     remarkable = any(problem.metadata.get("check") != "cupy" for problem in problems)
     if not engines:
-        return Choice((CpuEngine(threads),), f"no GPU is used: {told}", remarkable)
+        return Choice((cpu(),), f"no GPU is used: {told}", remarkable)
     working = "a GPU works" if len(engines) == 1 else f"{len(engines)} GPUs work"
     return Choice(engines, f"{working}; {told}" if told else working, remarkable)
 

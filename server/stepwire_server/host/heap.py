@@ -16,7 +16,7 @@ import ctypes
 import resource
 from typing import Any
 
-__all__ = ["HeapKeeper", "configure"]
+__all__ = ["WORTH_BYTES", "FreeBytes", "HeapKeeper", "configure", "resident_bytes", "trim"]
 
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
@@ -25,7 +25,9 @@ _M_ARENA_MAX = -8
 # cost a page fault every 4 KiB.
 _MAP_FROM_BYTES = 32 << 20
 _NEVER = -1
-_WORTH_BYTES = 32 << 20
+WORTH_BYTES = 32 << 20
+"""The free bytes from which giving them back is worth the page faults."""
+
 _LOOKS_AT_REST = 3
 
 
@@ -57,15 +59,50 @@ class _Mallinfo2(ctypes.Structure):
     ]
 
 
+def resident_bytes() -> int:
+    """Return the resident bytes of this process; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def trim() -> None:
+    """Give free bytes of the heap back to the system."""
+    if (malloc_trim := _function("malloc_trim")) is not None:
+        malloc_trim(0)
+
+
 def _idle_bytes() -> int:
     """Return the resident bytes that no allocation of the heap has: free ones, and the program itself."""
+    info = _mallinfo()
+    return 0 if info is None else max(resident_bytes() - int(info.uordblks) - int(info.hblkhd), 0)
+
+
+def _mallinfo() -> _Mallinfo2 | None:
     if (mallinfo2 := _function("mallinfo2")) is None:
-        return 0
+        return None
     mallinfo2.restype = _Mallinfo2
-    info = mallinfo2()
-    with open("/proc/self/statm") as file:
-        resident = int(file.read().split()[1]) * resource.getpagesize()
-    return max(resident - int(info.uordblks) - int(info.hblkhd), 0)
+    found: _Mallinfo2 = mallinfo2()
+    return found
+
+
+class FreeBytes:
+    """Tells how many resident bytes lie free in the heap.
+
+    The heap counts free bytes that it has given back too, and the idle ones are those of stacks and code too. So the
+    smaller number is taken.
+    """
+
+    def __init__(self) -> None:
+        """Take the idle bytes of this moment for those of the program."""
+        self._program_bytes = _idle_bytes()
+
+    def __call__(self) -> int:
+        """Return the bytes."""
+        info = _mallinfo()
+        return 0 if info is None else max(min(int(info.fordblks), _idle_bytes() - self._program_bytes), 0)
 
 
 class HeapKeeper:
@@ -95,12 +132,11 @@ class HeapKeeper:
         self._seen = released_bytes
         if self._quiet_looks < _LOOKS_AT_REST:
             return False
-        released = released_bytes - self._trimmed_at >= _WORTH_BYTES
-        if not released and _idle_bytes() - self._idle_after_trim < _WORTH_BYTES:
+        released = released_bytes - self._trimmed_at >= WORTH_BYTES
+        if not released and _idle_bytes() - self._idle_after_trim < WORTH_BYTES:
             return False
         self._trimmed_at = released_bytes
-        if (malloc_trim := _function("malloc_trim")) is not None:
-            malloc_trim(0)
+        trim()
         self._idle_after_trim = _idle_bytes()
         return True
 

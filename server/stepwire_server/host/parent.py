@@ -9,7 +9,11 @@ import time
 from collections.abc import Callable
 from typing import Final
 
+import structlog
+
 __all__ = ["follow"]
+
+_log = structlog.get_logger()
 
 _LOOK_SECONDS: Final = 1.0
 
@@ -27,13 +31,18 @@ def follow(pid: int, stop: Callable[[], None]) -> None:
     if not pid:
         return
     ended = _end_of(pid)
-    if os.getppid() != pid:  # asked after the process is watched: its number may belong to another one by now
+
+    def end() -> None:
+        _log.warning("the parent ended", pid=pid)
         stop()
+
+    if os.getppid() != pid:  # asked after the process is watched: its number may belong to another one by now
+        end()
         return
 
     def watch() -> None:
         ended()
-        stop()
+        end()
 
     threading.Thread(target=watch, name="parent", daemon=True).start()
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from stepwire.errors import InvalidRequestError
 
-__all__ = ["claim_socket", "is_dead", "listen_problem"]
+__all__ = ["check_unused", "claim_socket", "is_dead", "listen_problem"]
 
 
 @contextlib.contextmanager
@@ -63,7 +63,23 @@ def _remove_left_behind(path: str, field: str) -> None:
         return
     except OSError as problem:
         raise _refusal(field, f"{path!r} is there and cannot be replaced: {problem.strerror}; name another") from None
-    raise _refusal(field, f"cannot listen on {path!r}: another process does; name another path, or stop it")
+    raise _in_use(path, field)
+
+
+def check_unused(path: str, field: str) -> None:
+    """Refuse a path on which somebody listens.
+
+    Args:
+        path: the path of a socket, which may not be there.
+        field: the setting that the error names.
+
+    Raises:
+        InvalidRequestError: the path is in use.
+    """
+    if pathlib.Path(path).is_socket():
+        with contextlib.suppress(FileNotFoundError):  # its server has just ended
+            if not is_dead(path):
+                raise _in_use(path, field)
 
 
 def is_dead(path: str) -> bool:
@@ -114,6 +130,10 @@ def _listen(address: tuple[Any, ...]) -> OSError | None:
     except OSError as problem:
         return problem
     return None
+
+
+def _in_use(path: str, field: str) -> InvalidRequestError:
+    return _refusal(field, f"cannot listen on {path!r}: another process does; name another path, or stop it")
 
 
 def _refusal(field: str, problem: str) -> InvalidRequestError:

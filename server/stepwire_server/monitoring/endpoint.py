@@ -17,12 +17,16 @@ import structlog
 from stepwire.errors import InvalidRequestError
 from stepwire_server.access.certificates import CertificateFiles
 from stepwire_server.config import ServerConfig
+from stepwire_server.monitoring.connections import Connections, RequestLines
 
 __all__ = ["Address", "Endpoint", "Get", "Request", "Response", "checked_address"]
 
 _log = structlog.get_logger()
 
 _MOST_CONNECTIONS: Final = 32
+_MOST_REQUEST_BYTES: Final = 32 << 10
+"""The most bytes of a request: a line, and headers with a token."""
+
 _REQUEST_SECONDS: Final = 10.0
 _POLL_SECONDS: Final = 0.1
 """The longest time until the end of the server is noticed."""
@@ -49,11 +53,13 @@ class Request(NamedTuple):
         path: the path, without the query.
         query: the fields of the query, the last one of each name.
         headers: the headers, by their names in lower case.
+        certificate: the client's certificate, PEM; None where none is asked for.
     """
 
     path: str
     query: Mapping[str, str]
     headers: Mapping[str, str]
+    certificate: bytes | None = None
 
 
 class Response(NamedTuple):
@@ -157,7 +163,7 @@ class Endpoint:
 
 
 class _Server(http.server.ThreadingHTTPServer):
-    """Serves each connection in a thread of its own, and drops those that are too many."""
+    """Serves each connection in a thread of its own, and drops those that are too many or too slow."""
 
     daemon_threads = True
     block_on_close = False
@@ -169,7 +175,7 @@ class _Server(http.server.ThreadingHTTPServer):
         certificates: CertificateFiles | None,
     ) -> None:
         self._certificates = certificates
-        self._free = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+        self.connections = Connections(_MOST_CONNECTIONS, _REQUEST_SECONDS)
         super().__init__(address, handler)
 
     def get_request(self) -> tuple[Any, Any]:
@@ -183,7 +189,7 @@ class _Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread for a connection, if not too many have one."""
-        if self._free.acquire(blocking=False):
+        if self.connections.enter(request):
             super().process_request(request, client_address)
         else:
             self.shutdown_request(request)
@@ -193,7 +199,11 @@ class _Server(http.server.ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._free.release()
+            self.connections.leave(request)
+
+    def service_actions(self) -> None:
+        """End connections that are slow with their requests, several times a second."""
+        self.connections.end_slow()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Drop a connection that has failed: its client has left, or is none."""
@@ -203,12 +213,14 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     """Responds to the requests of one connection; a subclass has the function."""
 
     get: Get
+    server: _Server
     timeout = _REQUEST_SECONDS
 
     def setup(self) -> None:
         if isinstance(self.request, ssl.SSLSocket):
             self.request.do_handshake()
         super().setup()
+        self.rfile: Any = RequestLines(self.rfile, _MOST_REQUEST_BYTES)
 
     def do_GET(self) -> None:
         self._respond(with_body=True)
@@ -217,6 +229,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self._respond(with_body=False)
 
     def _respond(self, *, with_body: bool) -> None:
+        self.server.connections.asked(self.request)
         try:
             response = type(self).get(self._request())
         except Exception:
@@ -238,7 +251,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def _request(self) -> Request:
         path, _, query = self.path.partition("?")
         headers = {name.lower(): value for name, value in self.headers.items()}
-        return Request(path, dict(urllib.parse.parse_qsl(query)), headers)
+        return Request(path, dict(urllib.parse.parse_qsl(query)), headers, self._certificate())
+
+    def _certificate(self) -> bytes | None:
+        shown = self.request.getpeercert(binary_form=True) if isinstance(self.request, ssl.SSLSocket) else None
+        return None if shown is None else ssl.DER_cert_to_PEM_cert(shown).encode()
 
     def version_string(self) -> str:
         """Name no version of Python."""

@@ -7,6 +7,7 @@ neighbours are merged, and a point stands for twice the time.
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -170,14 +171,17 @@ class Histories:
         """Start without one; `clock` returns seconds since 1970."""
         self._clock = clock
         self._histories: dict[str, History] = {}
+        self._lock = threading.Lock()  # of changes: sessions commit side by side
 
     def committed(self, committed: Committed) -> None:
         """Add a committed step; a `CommitSink`."""
         history = self._histories.get(committed.session_id)
         if history is None:
-            if len(self._histories) >= _MOST_SESSIONS:  # the oldest goes
-                self._histories.pop(next(iter(self._histories)), None)
-            history = self._histories[committed.session_id] = History()
+            history = History()
+            with self._lock:
+                if len(self._histories) >= _MOST_SESSIONS:  # the oldest goes
+                    del self._histories[next(iter(self._histories))]
+                self._histories[committed.session_id] = history
         history.add(committed, self._clock())
 
     def of(self, session_id: str) -> History | None:
@@ -186,8 +190,9 @@ class Histories:
 
     def keep(self, session_ids: set[str]) -> None:
         """Forget the histories of all other sessions: they have ended, or are on disk alone."""
-        for session_id in set(self._histories) - session_ids:
-            self._histories.pop(session_id, None)
+        with self._lock:
+            for session_id in set(self._histories) - session_ids:
+                del self._histories[session_id]
 
 
 def _workers(committed: Committed, kind: str) -> tuple[int, ...]:

@@ -21,6 +21,7 @@ from stepwire_server.monitoring.gpus import Gpus
 from stepwire_server.observability.histograms import Histogram
 from stepwire_server.observability.tallies import STAGES, Tallies, Tally
 from stepwire_server.records.session_snapshot import SessionSnapshot
+from stepwire_server.replication.status import ReplicationStatus
 from stepwire_server.sessions.registry import Registry
 from stepwire_server.sessions.watching import snapshots
 
@@ -41,6 +42,7 @@ class Metrics:
         tallies: Tallies,
         access: AccessControl,
         draining: Callable[[], bool],
+        replication: Callable[[], ReplicationStatus] = ReplicationStatus,
         gpus: Gpus | None = None,
     ) -> None:
         """Gather the metrics of a server.
@@ -50,6 +52,7 @@ class Metrics:
             tallies: the counts of steps and calls.
             access: admits a scrape.
             draining: tells whether new steps are refused.
+            replication: tells how replication stands.
             gpus: the GPUs of the machine; None looks for them where the server uses one.
 
         Raises:
@@ -58,6 +61,7 @@ class Metrics:
         core, exposition, registries, process = _client_library()
         self._core, self._exposition = core, exposition
         self._registry, self._tallies, self._access, self._draining = registry, tallies, access, draining
+        self._replication = replication
         uses_gpu = any(device.name.startswith("cuda") for device in registry.pool)
         self._gpus = gpus or (Gpus() if uses_gpu else None)
         self._collectors = registries.CollectorRegistry(auto_describe=False)
@@ -69,7 +73,7 @@ class Metrics:
         if request.path not in (METRICS_PATH, "/"):
             return Response(HTTPStatus.NOT_FOUND, f"not found; metrics are at {METRICS_PATH}\n".encode())
         try:
-            self._access.admit(METRICS_PATH, request.headers.get("authorization"))
+            self._access.admit(METRICS_PATH, request.headers.get("authorization"), request.certificate)
         except AuthenticationError as error:
             return _refusal(HTTPStatus.UNAUTHORIZED, error, {"WWW-Authenticate": "Bearer"})
         except PermissionDeniedError as error:
@@ -90,6 +94,7 @@ class Metrics:
         yield from self._sessions(sessions)
         yield from self._memory(sessions)
         yield from self._durability(sessions)
+        yield from self._replicated()
         yield from self._gpu_loads()
 
     def _calls(self, total: Tally) -> Iterator[Any]:
@@ -167,6 +172,25 @@ class Metrics:
         )
         saves = directory.checkpointer.save_seconds
         yield self._histogram("stepwire_checkpoint_seconds", "The time of a checkpoint.", (), [((), saves)])
+
+    def _replicated(self) -> Iterator[Any]:
+        status = self._replication()
+        if status.role == "none":
+            return
+        roles = {role: int(status.role == role) for role in ("primary", "standby", "deposed")}
+        yield self._gauge("stepwire_replication_role", "1 for the role of the server.", ("role",), _labelled(roles))
+        for name, text, value in (
+            ("in_sync", "1 while the standby has all that was acknowledged.", int(status.in_sync)),
+            ("pending_steps", "Steps that the standby has not acknowledged, or not made again.", status.pending_steps),
+            ("pending_bytes", "Bytes of the records of these.", status.pending_bytes),
+        ):
+            yield self._gauge(f"stepwire_replication_{name}", text, (), [((), value)])
+        for name, text, count in (
+            ("acknowledged_steps", "Steps that the standby has acknowledged.", status.acknowledged_steps),
+            ("divergences", "Digests of the standby that were others.", status.divergences),
+            ("promotions", "Promotions of this server.", status.promotions),
+        ):
+            yield self._counter(f"stepwire_replication_{name}", text, (), [((), count)])
 
     def _gpu_loads(self) -> Iterator[Any]:
         if self._gpus is None or not (loads := self._gpus.loads()):

@@ -22,6 +22,7 @@ from stepwire_server.observability.step_traces import ReplyTraces
 from stepwire_server.observability.tallies import Tallies
 from stepwire_server.records.committed import CommitSink
 from stepwire_server.records.replied import RepliedSink
+from stepwire_server.replication.status import ReplicationStatus
 from stepwire_server.sessions.registry import Registry
 
 __all__ = ["Monitoring"]
@@ -36,6 +37,7 @@ class Monitoring:
         tallies: the counts of steps and calls; None where nobody asks for them.
         sinks: are told of each commit.
         reply_sinks: are told of each reply.
+        replication: tells how replication stands.
         metrics: the address of the metrics; None without one.
         status: the address of the status page; None without one.
     """
@@ -61,6 +63,7 @@ class Monitoring:
         self._traces = ReplyTraces.of_environment(config.trace_one_in)
         counting: list[RepliedSink] = [] if self.tallies is None else [self.tallies.replied]
         self.reply_sinks = counting if self._traces is None else [*counting, self._traces.replied]
+        self.replication: Callable[[], ReplicationStatus] = ReplicationStatus
         self._page: StatusPage | None = None
         self.metrics: Endpoint | None = None
         self.status: Endpoint | None = None
@@ -101,7 +104,7 @@ class Monitoring:
             return Endpoint(address, field, get, None if address.loopback else certificates)
 
         if self._metrics_address is not None and self.tallies is not None:
-            metrics = Metrics(registry, self.tallies, access, draining)
+            metrics = Metrics(registry, self.tallies, access, draining, self.replication)
             self.metrics = endpoint(self._metrics_address, "metrics", metrics.get)
         if self._status_address is not None and self._histories is not None:
             self._page = StatusPage(registry, access, draining, self._histories, self._refusals)

@@ -107,7 +107,7 @@ class StatusPage:
         Raises:
             StepwireError: as `AccessControl.admit`.
         """
-        return self._access.admit(STATUS_PATH, _bearer(request.headers.get("authorization")))
+        return self._access.admit(STATUS_PATH, _bearer(request.headers.get("authorization")), request.certificate)
 
     def _stream(self, request: Request, identity: Identity) -> Iterator[bytes]:
         if not self._listeners.acquire(blocking=False):

@@ -13,6 +13,7 @@ from stepwire_server.monitoring.refusals import Refusals
 from stepwire_server.records.session_snapshot import SessionSnapshot
 from stepwire_server.records.step_result import StepResult
 from stepwire_server.sessions.registry import Registry
+from stepwire_server.sessions.tenants import TenantSessions
 from stepwire_server.sessions.watching import Rates, snapshots
 
 __all__ = ["View"]
@@ -47,20 +48,22 @@ class View:
             rates: the looks so far.
         """
         now, everything = self._registry.clock(), snapshots(self._registry, None)
-        known = rates.look(everything, now)
         self._histories.keep({session.session_id for session in everything})
         own = [session for session in everything if tenant in (None, session.tenant)]
+        known = rates.look(own, now)
         detail = next((session for session in own if session.session_id == chosen), None)
         return {
             "at": time.time(),
-            "server": self._server(everything, known, now),
+            "server": self._server(TenantSessions(self._registry, tenant), own, known, now),
             "sessions": [self._summary(session, known.get(session.session_id)) for session in own],
             "detail": None if detail is None else self._detail(detail),
             "refusals": [refusal._asdict() for refusal in self._refusals.last()[::-1]] if tenant is None else [],
         }
 
-    def _server(self, sessions: list[SessionSnapshot], rates: dict[str, float], now: float) -> dict[str, Any]:
-        statistics = self._registry.statistics()
+    def _server(
+        self, seen: TenantSessions, sessions: list[SessionSnapshot], rates: dict[str, float], now: float
+    ) -> dict[str, Any]:
+        statistics = seen.statistics()
         return {
             "version": __version__,
             "draining": self._draining(),
@@ -71,7 +74,7 @@ class View:
             "rate": sum(rates.values()),
             "lag": max((session.durable_lag for session in sessions), default=0),
             "memory": [
-                {"device": device.name, "reserved": device.budget.reserved_bytes, "budget": device.budget.limit_bytes}
+                {"device": device.name, "reserved": seen.reserved_bytes(device), "budget": device.budget.limit_bytes}
                 for device in self._registry.pool
             ],
         }

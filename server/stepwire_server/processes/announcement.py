@@ -26,9 +26,8 @@ def check_announced(config: ServerConfig) -> None:
         InvalidRequestError: the message names the setting that is missing, or too much.
     """
     if not config.directory:
-        for name in ("shard", "advertise"):
-            if getattr(config, name):
-                raise InvalidRequestError.of(name, "it is of an announcement, which needs --directory; give it too")
+        if config.advertise:
+            raise InvalidRequestError.of("advertise", "it is of an announcement, which needs --directory; give it too")
         return
     if not config.shard:
         raise InvalidRequestError.of("directory", "an announcement needs --shard; give it too")

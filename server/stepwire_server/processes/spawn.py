@@ -91,6 +91,7 @@ def _serving(*flags: str) -> Iterator[tuple[list[int], int]]:
         # Ctrl-C goes to every process of the terminal's group. The server is in a group of its own: only its parent
         # ends it, and it has no trace to print.
         process = subprocess.Popen(command, stdout=_STANDARD_ERROR, process_group=0)
+        ports: list[int] = []
         try:
             deadline = time.monotonic() + _START_SECONDS
             ports = await_ports(process, port_file, lambda: time.monotonic() < deadline)
@@ -100,5 +101,9 @@ def _serving(*flags: str) -> Iterator[tuple[list[int], int]]:
                 )
             yield ports, process.pid
         finally:
+            if ports and (code := process.poll()) is not None:
+                print(
+                    f"the server process {process.pid} ended before it was told to: exit code {code}", file=sys.stderr
+                )
             process.terminate()
             process.wait()

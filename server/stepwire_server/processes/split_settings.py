@@ -56,8 +56,8 @@ def divide(config: ServerConfig, machine: Machine, folder: pathlib.Path) -> list
     """Return the settings of each process.
 
     Ports count up from the port of `bind`, or are free ones. The path of a socket gets the number of the process as its
-    suffix, and the data directory and the object store have a folder for each. Threads and budget are divided among the
-    processes: those of the settings, or else those of the machine.
+    suffix, and the data directory and the object store have a folder for each. Threads, budget and memory are divided
+    among the processes: those of the settings, or else those of the machine.
     Each process has one thread at least. GPUs are dealt out: those of the settings, or else all visible ones.
 
     Args:
@@ -86,6 +86,7 @@ def _settings_of(config: ServerConfig, machine: Machine, folder: pathlib.Path, i
         device=device,
         threads=max((config.threads or machine.processors) // config.processes, 1),
         memory_budget=_budget(config, machine, device, sharers),
+        memory_limit=(config.memory_limit or machine.memory_bytes) // config.processes,
         port_file="",
         data_dir=str(pathlib.Path(config.data_dir, str(index))) if config.data_dir else "",
         shard=f"{config.shard}-{index}" if config.shard else "",
@@ -114,8 +115,8 @@ def _counted(config: ServerConfig, field: str, index: int) -> str:
 
 
 def _socket(config: ServerConfig, folder: pathlib.Path, index: int) -> str:
-    if config.unix_socket == "off" or unix_path(config.bind) is not None:
-        return config.unix_socket
+    if config.socket_besides == "off" or unix_path(config.bind) is not None:
+        return config.socket_besides
     if config.unix_socket != "auto":
         return f"{config.unix_socket}.{index}"
     return _own_path(folder / f"{index}.sock") or "auto"

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from stepwire.errors import InvalidRequestError
 from stepwire_server.config import ServerConfig
 
-__all__ = ["check_replication"]
+__all__ = ["FROM_DIRECTORY", "check_replication"]
+
+FROM_DIRECTORY: Final = "directory"
+"""The value of `standby_of` for a server that has whichever role of its shard is vacant."""
 
 
 def check_replication(config: ServerConfig) -> None:
@@ -20,6 +25,10 @@ def check_replication(config: ServerConfig) -> None:
             if getattr(config, name):
                 raise InvalidRequestError.of(name, "it is of a standby, which needs --standby-of; give it too")
         return
+    if config.standby_of == FROM_DIRECTORY and not config.directory:
+        raise InvalidRequestError.of(
+            "standby_of", "the claims of a shard are in a directory; give --directory, --shard"
+        )
     if config.data_dir:
         raise InvalidRequestError.of(
             field, "a server keeps its sessions on a disk or with a standby, not both; leave --data-dir out"

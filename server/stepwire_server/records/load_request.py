@@ -13,7 +13,7 @@ __all__ = ["LoadRequest"]
 
 
 class LoadRequest(NamedTuple):
-    """A load of whole slots.
+    """A load of whole slots, or of some rows of tables.
 
     Attributes:
         load: the number it will have once committed.
@@ -27,6 +27,8 @@ class LoadRequest(NamedTuple):
             them from these and the session's numbers.
         sum_bound: no element of an accumulated gradient among the slots is larger in magnitude; None if that is not
             known.
+        by_rows: it brings parameters of some rows of tables, and not whole slots.
+        tables: these tables, by index, each with its number of rows.
     """
 
     load: int
@@ -38,3 +40,5 @@ class LoadRequest(NamedTuple):
     loss_scale: LossScale | None = None
     tensor_scalars: tuple[float, ...] = ()
     sum_bound: float | None = None
+    by_rows: bool = False
+    tables: tuple[tuple[int, int], ...] = ()

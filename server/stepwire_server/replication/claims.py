@@ -19,7 +19,10 @@ from typing import Final, NamedTuple
 
 from stepwire.errors import InvalidRequestError
 
-__all__ = ["Claim", "Claims"]
+__all__ = ["KEPT", "Claim", "Claims"]
+
+KEPT: Final = 8
+"""The claims that stay, the newest ones."""
 
 _FOLDER: Final = ".claims"
 _NUMBER: Final = re.compile(r"[0-9a-f]{16}")
@@ -54,22 +57,23 @@ class Claims:
         Raises:
             InvalidRequestError: the newest file is no claim.
         """
-        try:
-            names = sorted(path.name for path in self._folder.iterdir() if _NUMBER.fullmatch(path.name))
-        except FileNotFoundError:
-            return Claim()
-        if not names:
-            return Claim()
-        try:
-            found = json.loads((self._folder / names[-1]).read_text())
-            return Claim(int(names[-1], 16), str(found["server"]), str(found["standby"]), str(found["endpoint"]))
-        except (ValueError, LookupError, TypeError) as problem:
-            raise InvalidRequestError.of(
-                "directory", f"{self._folder / names[-1]} is no claim: {problem}; remove it once no server runs"
-            ) from None
+        while names := self._names():
+            place = self._folder / names[-1]
+            try:
+                found = json.loads(place.read_text())
+                return Claim(int(names[-1], 16), str(found["server"]), str(found["standby"]), str(found["endpoint"]))
+            except FileNotFoundError:  # many newer ones have come between the two looks
+                continue
+            except (ValueError, LookupError, TypeError) as problem:
+                raise InvalidRequestError.of(
+                    "directory", f"{place} is no claim: {problem}; remove it once no server runs"
+                ) from None
+        return Claim()
 
     def make(self, claim: Claim) -> bool:
         """Create a claim; return False if its number is another server's, or a newer one is there.
+
+        The oldest claims go. So a number may have been in use and removed long ago, which the newest claim tells.
 
         Args:
             claim: its epoch is the one behind the newest that the caller knows.
@@ -87,7 +91,11 @@ class Claims:
             return self.newest() == claim
         finally:
             whole.unlink(missing_ok=True)
-        return self.newest().epoch == claim.epoch
+        if self.newest().epoch != claim.epoch:
+            return False
+        for name in self._names()[:-KEPT]:
+            (self._folder / name).unlink(missing_ok=True)
+        return True
 
     def begin(self, server: str, endpoint: str) -> Claim:
         """Claim a shard that nobody speaks for.
@@ -110,3 +118,10 @@ class Claims:
     def release(self, epoch: int) -> None:
         """Say that nobody speaks for the shard behind an epoch: its sessions have ended, or are given up."""
         self.make(Claim(epoch + 1))
+
+    def _names(self) -> list[str]:
+        """Return the names of all claims, by rising number."""
+        try:
+            return sorted(path.name for path in self._folder.iterdir() if _NUMBER.fullmatch(path.name))
+        except FileNotFoundError:
+            return []

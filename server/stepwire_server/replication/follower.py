@@ -1,7 +1,7 @@
 """A standby: it admits the records of its primary in their order, follows them, and is promoted in the primary's place.
 
 Admitted records are followed by a thread of their own, and acknowledged before. A record that needs memory, or that an
-acknowledgement has to prove more of, is followed first: the creation of a session, its state, a digest, a membership.
+acknowledgement has to prove more of, is followed first: the creation of a session, its state, a membership.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 import msgspec
 import structlog
 
-from stepwire.errors import FencedError, InvalidRequestError, Reason, SessionNotReadyError
+from stepwire.errors import FencedError, InvalidRequestError, Reason, SessionNotReadyError, UnavailableError
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.replication.claims import Claim, Claims
 from stepwire_server.replication.records import RecordKind, ReplicationRecord, SessionOpening
@@ -34,7 +34,6 @@ _FOLLOWED_FIRST: Final = frozenset(
         RecordKind.STATE,
         RecordKind.BLOCK,
         RecordKind.STATE_END,
-        RecordKind.DIGEST,
         RecordKind.MEMBER,
         RecordKind.HANDOVER,
     }
@@ -79,9 +78,9 @@ class Follower:
         """
         self.server_id, self._codec, self._make, self._claims = server_id, codec, make, claims
         self.primary_id = ""
-        self.received = self.epoch = self._followed = self._bytes = 0
+        self.received = self.epoch = self._followed = self._bytes = self._admitted_steps = 0
         self.is_member = self.handed_over = self.promoted = False
-        self._refusing = self._ended = self.connected = False
+        self._is_deciding = self._leaving = self._ended = self.connected = False
         self._sessions: dict[bytes, ReplicatedSession] = {}
         self._lost: dict[bytes, str] = {}
         self._chunks: dict[bytes, ChunkRecords] = {}
@@ -97,7 +96,7 @@ class Follower:
     def close(self) -> None:
         """End, and free the sessions that were not promoted. Closing twice is harmless."""
         with self._changed:
-            self._ended = self._refusing = True
+            self._ended = self._leaving = True
             self._changed.notify_all()
         if self._thread.is_alive():
             self._thread.join()
@@ -115,42 +114,48 @@ class Follower:
             whole: all sessions follow whole, and those that are here are dropped.
 
         Raises:
-            FencedError: this server has been promoted, or is about to be.
+            FencedError: this server has been promoted.
+            UnavailableError: this server ends.
         """
         with self._changed:
-            self._check_following()
-            self.epoch, self.connected = max(self.epoch, epoch), True
+            self._await_role()
+            self.connected = True
             if not whole:
+                self.epoch = max(self.epoch, epoch)
                 for key, problem in self._lost.items():  # told again: the last message may have been lost
                     self.heard.problem(key, self.received, problem)
                 return
             self._changed.wait_for(lambda: not self._queue)
+            self._await_role()
             dropped = [*self._sessions.values()]
             self._sessions, self._chunks, self._lost = {}, {}, {}
-            self.primary_id, self.received, self.is_member = primary_id, 0, False
+            self.primary_id, self.epoch, self.received, self.is_member = primary_id, epoch, 0, False
         for each in dropped:
             each.close()
 
     def admit(self, record: ReplicationRecord) -> None:
         """Admit the next record: when this returns, it may be acknowledged.
 
+        A promotion that is under way is waited for: it may fail, and the record counts then.
+
         Raises:
-            FencedError: NOT_PRIMARY, this server refuses the records of its old primary; or STALE_EPOCH, the record is
-                of an older one.
+            FencedError: NOT_PRIMARY, this server was promoted; or STALE_EPOCH, the record is of an older primary.
+            UnavailableError: this server ends.
             InvalidRequestError: a record is missing before this one.
         """
         with self._changed:
-            self._check_following()
+            self._await_role()
             self._check_order(record)
             first = record.kind in _FOLLOWED_FIRST
             self._changed.wait_for(lambda: not self._queue if first else self._bytes < _MOST_BYTES)
-            self._check_following()
+            self._await_role()
             self._queue.append(record)
-            self._bytes += record.payload.nbytes
+            self._bytes += record.nbytes
             self._changed.notify_all()
             if first:
                 self._changed.wait_for(lambda: not self._queue or self._ended)
             self.received, self.epoch = record.number, record.epoch
+            self._admitted_steps += record.kind is RecordKind.COMMIT
 
     def lost(self) -> None:
         """Note that the connection is gone."""
@@ -161,12 +166,12 @@ class Follower:
         """Be promoted no more: this server ends, and its primary is told so next."""
         with self._changed:
             self.is_member = False
-            self._refusing = True
+            self._leaving = True
 
     # --- promotion ---------------------------------------------------------------------------------------
 
     def promote(self, endpoint: str, *, lossy: bool = False) -> Claim:
-        """Refuse every later record, claim the next epoch, and return the claim.
+        """Claim the next epoch, and return the claim. No record is admitted meanwhile, nor ever after.
 
         Args:
             endpoint: the address of this server for clients.
@@ -180,19 +185,18 @@ class Follower:
         with self._changed:
             if self.promoted:
                 return Claim(self.epoch, self.server_id, "", endpoint)
-            was_refusing, self._refusing = self._refusing, True
-            self._changed.notify_all()
+            self._is_deciding = True
         try:
             with self._changed:
                 self._changed.wait_for(lambda: not self._queue)
                 self._check_whole(lossy)
             claim = self._claimed(endpoint, lossy)
-        except BaseException:
             with self._changed:
-                self._refusing = was_refusing
-            raise
-        with self._changed:
-            self.promoted, self.epoch = True, claim.epoch
+                self.promoted, self.epoch = True, claim.epoch
+        finally:
+            with self._changed:
+                self._is_deciding = False
+                self._changed.notify_all()
         for each in self._sessions.values():
             if each.whole:
                 each.session.lead(claim.epoch)
@@ -219,6 +223,9 @@ class Follower:
                 sessions=len(self._sessions),
                 incomplete=len(self._lacking()),
                 problem="this server is a standby; promote it, or use its primary",
+                pending_steps=sum(record.kind is RecordKind.COMMIT for record in self._queue),
+                pending_bytes=self._bytes,
+                acknowledged_steps=self._admitted_steps,
             )
 
     def _claimed(self, endpoint: str, lossy: bool) -> Claim:
@@ -250,13 +257,17 @@ class Follower:
     def _lacking(self) -> list[bytes]:
         return [key for key, each in self._sessions.items() if not each.whole] + list(self._lost)
 
-    def _check_following(self) -> None:
-        if self._refusing:
+    def _await_role(self) -> None:
+        """Wait until no promotion is under way, and refuse to follow where this server is no standby any more."""
+        self._changed.wait_for(lambda: not self._is_deciding)
+        if self.promoted:
             raise FencedError(
-                "this server follows no more: it is the primary, is becoming that, or ends",
+                "this server follows no more: it is the primary",
                 reason=Reason.NOT_PRIMARY,
                 metadata={"epoch": self.epoch},
             )
+        if self._leaving:
+            raise UnavailableError("this standby ends, and follows no more", reason=Reason.SHUTTING_DOWN)
 
     def _check_order(self, record: ReplicationRecord) -> None:
         if record.epoch < self.epoch:
@@ -287,7 +298,7 @@ class Follower:
                 self._give_up(record, str(error))
             with self._changed:
                 self._queue.popleft()
-                self._bytes -= record.payload.nbytes
+                self._bytes -= record.nbytes
                 self._followed = record.number
                 self._changed.notify_all()
 

@@ -20,12 +20,14 @@ class Joining(NamedTuple):
         primary_id: the primary whose records it has; empty for none.
         received: the last record that it has.
         promoted_epoch: the epoch in which it was promoted; 0 for a standby.
+        shard: the name of its shard; empty for none.
     """
 
     standby_id: str
     primary_id: str = ""
     received: int = 0
     promoted_epoch: int = 0
+    shard: str = ""
 
 
 class Opened(NamedTuple):

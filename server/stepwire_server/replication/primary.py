@@ -40,7 +40,7 @@ class Primary:
         replicas: the replicated sessions, by the 16 bytes of their ids.
         alone: it speaks for its sessions without a standby.
         deposed: a standby was promoted, or another server has claimed the sessions.
-        is_member: the acknowledgements of the standby count.
+        member_since: the record from which on the acknowledgements of the standby count; 0 for none.
         standby_id: the standby that may be promoted, or that is on the way to that; empty for none.
         divergences: how often a digest of the standby was another one.
     """
@@ -68,7 +68,7 @@ class Primary:
         self.server_id, self.epoch, self.alone = server_id, claim.epoch, alone
         self.outbox = Outbox()
         self.replicas: dict[bytes, Replica] = {}
-        self.deposed = self.is_member = False
+        self.deposed, self.member_since = False, 0
         self.standby_id = ""
         self.divergences = 0
         self._claim, self._claims, self._clock, self._returns_alone = claim, claims, clock, returns_alone
@@ -84,6 +84,11 @@ class Primary:
         """A standby reads records, and its acknowledgements make room."""
         return self.outbox.connected and not self.deposed
 
+    @property
+    def is_member(self) -> bool:
+        """The acknowledgements of the standby count, and it knows that."""
+        return 0 < self.member_since <= self.outbox.acknowledged
+
     def check(self) -> None:
         """Refuse what could not be acknowledged just now.
 
@@ -92,7 +97,7 @@ class Primary:
             UnavailableError: NO_STANDBY.
         """
         self.check_deposed()
-        if not self.alone and not (self.outbox.connected and self.is_member):
+        if not self.alone and not (self.outbox.connected and self.member_since):
             raise no_standby("none follows this server just now")
 
     def check_deposed(self) -> None:
@@ -145,6 +150,9 @@ class Primary:
             number = self.outbox.append(self._claim.epoch, subject, meta, payload)
             if (self.alone or self.deposed) and not self.outbox.connected:
                 self.outbox.clear()
+            elif self.alone and self.outbox.is_full:  # commits are waited for by nobody yet
+                _log.warning("the standby is too slow, and begins anew", standby=self.standby_id)
+                self._forget()
             return number
 
     def keep(self, session: Session, request_id: str) -> Replica:
@@ -191,7 +199,7 @@ class Primary:
                 after = joining.received
             else:
                 self.outbox.clear()
-                self.is_member, after = False, self.outbox.position
+                self.member_since, after = 0, self.outbox.position
                 for replica in self.replicas.values():
                     replica.synced, replica.retry_at = None, 0.0
             self.standby_id, self._lost_at = joining.standby_id, None
@@ -220,8 +228,6 @@ class Primary:
         with self.outbox.changed:
             self.check_deposed()
             known = self.standby_id
-            if self.outbox.connected:
-                self.outbox.disconnect(self.outbox.reader)
             self._forget()
         self.wake()
         return known
@@ -230,7 +236,7 @@ class Primary:
         """Speak no more: another server does, from an epoch on."""
         with self.outbox.changed:
             if not self.deposed:
-                self.deposed, self.alone, self.is_member, self._newer_epoch = True, False, False, epoch
+                self.deposed, self.alone, self.member_since, self._newer_epoch = True, False, 0, epoch
                 self.outbox.reader = 0
                 self.outbox.clear()
                 _log.error("another server speaks for the sessions now", epoch=epoch, own_epoch=self.epoch)
@@ -265,27 +271,22 @@ class Primary:
     def name_member(self) -> None:
         """Have the acknowledgements of the standby count, once it has all sessions whole; it is told so.
 
+        From that record on nothing is acknowledged alone, since the standby may be promoted once it has the record.
+
         Raises:
             OSError: the claims cannot be written.
         """
         with self.outbox.changed:
             standby, reader = self.standby_id, self.outbox.reader
             whole = all(each.synced is not None or each.problem for each in self.replicas.values())
-            if self.deposed or not reader or self.is_member or not whole:
+            if self.deposed or not reader or self.member_since or not whole:
                 return
         if not self._claimed(standby):
             return
         with self.outbox.changed:
-            if self.outbox.reader != reader:
-                return
-            number = self.send(Subject(RecordKind.MEMBER))
-            self.outbox.changed.wait_for(
-                lambda: self.outbox.acknowledged >= number or self.outbox.reader != reader or self.deposed
-            )
             if self.outbox.reader == reader and not self.deposed:
-                self.is_member, self.alone = True, False
-                self.outbox.changed.notify_all()
-                _log.info("standby has all", standby=standby, epoch=self._claim.epoch)
+                self.member_since, self.alone = self.send(Subject(RecordKind.MEMBER)), False
+                _log.info("standby named", standby=standby, epoch=self._claim.epoch)
 
     def go_on_alone(self) -> None:
         """Claim to go on without the standby, where that is the setting and it was away for too long.
@@ -296,24 +297,23 @@ class Primary:
         with self.outbox.changed:
             gone = self._lost_at is not None and self._clock() - self._lost_at >= _PATIENCE_SECONDS
             alone_before = self.alone or self.deposed or self.outbox.connected
-            if alone_before or not self._returns_alone or not (gone or not self.standby_id):
-                return
-            if (
-                self._claims is None and self.standby_id and self.is_member
-            ):  # it might be promoted, and nobody would know
+            untold = self._claims is None and self.member_since  # it might be promoted, and nobody would know
+            if alone_before or untold or not self._returns_alone or not (gone or not self.standby_id):
                 return
         if not self._claimed(""):
             return
         with self.outbox.changed:
-            if not self.outbox.connected and not self.deposed:
+            self.outbox.changed.notify_all()
+            if self.outbox.connected:  # it came back meanwhile, and no claim names it: it has to be named again
+                self.member_since = 0
+            elif not self.deposed:
                 self._forget()
                 self.alone = True
-                self.outbox.changed.notify_all()
                 _log.warning("going on without a standby", epoch=self._claim.epoch)
 
     def release(self) -> None:
         """Say that nobody speaks for the sessions any more: they have ended with this server."""
-        if self._claims is not None and not self.deposed and not self.is_member:
+        if self._claims is not None and not self.deposed and not self.member_since:
             self._claims.release(self._claim.epoch)
 
     def _claimed(self, standby: str) -> bool:
@@ -350,7 +350,7 @@ class Primary:
                 metadata={"epoch": self.epoch},
             )
         other = joining.standby_id != self.standby_id and self.standby_id
-        if other and (self.outbox.connected or (self._claims is None and self.is_member)):
+        if other and (self.outbox.connected or (self._claims is None and self.member_since)):
             raise FencedError(
                 f"this server has the standby {self.standby_id}, which may be promoted; if it is gone for good, say so "
                 "by `stepwire standby forget`",
@@ -361,10 +361,9 @@ class Primary:
     def _forget(self) -> None:
         self.outbox.reader = 0
         self.outbox.clear()
-        self.standby_id, self.is_member, self._lost_at = "", False, None
+        self.standby_id, self.member_since, self._lost_at = "", 0, None
         for replica in self.replicas.values():
             replica.synced = None
-        self.outbox.changed.notify_all()
 
     def on_wake(self, wake: Callable[[], object]) -> None:
         """Call a function when there is something to look after."""
@@ -384,17 +383,16 @@ class Primary:
         """Return how replication stands."""
         with self.outbox.changed:
             lacking = sum(replica.synced is None for replica in self.replicas.values())
-            return ReplicationStatus(
+            status = ReplicationStatus(
                 role="deposed" if self.deposed else "primary",
                 epoch=self._claim.epoch,
                 server_id=self.server_id,
                 peer_id=self.standby_id,
                 connected=self.outbox.connected,
                 in_sync=self.is_member and not lacking,
-                position=self.outbox.position,
-                acknowledged=self.outbox.acknowledged,
                 sessions=len(self.replicas),
                 incomplete=lacking if self.outbox.connected else 0,
                 divergences=self.divergences,
                 problem=self.problem,
             )
+            return self.outbox.counted(status)

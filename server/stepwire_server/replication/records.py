@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -26,6 +26,10 @@ __all__ = [
     "captured_of",
     "numbers_of",
 ]
+
+
+_RECORD_BYTES: Final = 256
+"""The bytes of a record beside its message and its payload: many small ones take memory too."""
 
 
 class RecordKind(enum.IntEnum):
@@ -67,6 +71,11 @@ class ReplicationRecord(NamedTuple):
     entry: int
     meta: bytes
     payload: HostArray
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that it takes while it waits, about."""
+        return _RECORD_BYTES + len(self.meta) + self.payload.nbytes
 
 
 class ReceivedRecord(NamedTuple):

@@ -52,11 +52,6 @@ class Replica:
     # --- RecordWriter ------------------------------------------------------------------------------------
 
     @property
-    def keeps(self) -> bool:
-        """A commit that was waited for survives a loss of the server: a standby has it."""
-        return not self._primary.alone
-
-    @property
     def written_bytes(self) -> int:
         """The bytes of the records of all sessions so far."""
         return self._outbox.written_bytes
@@ -125,6 +120,11 @@ class Replica:
                     raise no_standby(self.problem)
                 self._outbox.changed.wait()
             self._primary.check_deposed()
+
+    def keeps(self, number: int) -> bool:
+        """Tell whether a record that was waited for survives a loss of the server: a standby has it."""
+        with self._outbox.changed:
+            return not self._primary.alone and self._is_durable(number)
 
     def drop(self, session: bytes, entry: int) -> None:
         """Have the standby forget the chunks of an entry that belong to no commit."""

@@ -17,8 +17,8 @@ from stepwire_server.replication.records import (
     StateNumbers,
     captured_of,
 )
+from stepwire_server.sessions.incoming_state import IncomingState
 from stepwire_server.sessions.redo import ChunkRecords, Codec, Redo
-from stepwire_server.sessions.restoring import Restoring
 from stepwire_server.sessions.session import Session
 
 __all__ = ["ReplicatedSession"]
@@ -45,7 +45,7 @@ class ReplicatedSession:
         self.session, self.request_id, self.whole = session, opening.request_id, opening.fresh
         self.chunks = chunks
         self._redo = Redo(session, codec, chunks)
-        self._restoring: Restoring | None = None
+        self._incoming: IncomingState | None = None
         self._backlog: list[ReplicationRecord] = []
         session.ledger.members.tokens.adopt(opening.attach_key)
         session.ledger.worker.restore(1, session.ledger.epoch)
@@ -58,10 +58,10 @@ class ReplicatedSession:
             StepwireError: the step or load cannot be made again.
         """
         if record.kind is RecordKind.STATE:
-            self._restoring = self.session.exchange.restoring()
-        elif record.kind is RecordKind.BLOCK and self._restoring is not None:
+            self._incoming = self.session.exchange.incoming()
+        elif record.kind is RecordKind.BLOCK and self._incoming is not None:
             place = msgspec.msgpack.decode(record.meta, type=BlockPlace)
-            self._restoring.write(place.slot, place.start, record.payload.view(np.float32))
+            self._incoming.write(place.slot, place.start, record.payload.view(np.float32))
         elif record.kind is RecordKind.STATE_END:
             self._complete(msgspec.msgpack.decode(record.meta, type=StateNumbers))
         elif record.kind is RecordKind.DROP:
@@ -84,16 +84,16 @@ class ReplicatedSession:
 
     def close(self) -> None:
         """Free the memory. Closing twice is harmless."""
-        if self._restoring is not None:
-            self._restoring.close()
+        if self._incoming is not None:
+            self._incoming.close()
         self.session.close()
 
     def _complete(self, numbers: StateNumbers) -> None:
-        if self._restoring is None:
+        if self._incoming is None:
             raise DataLossError("a state ends that did not begin", reason=Reason.SESSION_DAMAGED)
-        with self._restoring as restoring:
-            self.session.exchange.restored(restoring, captured_of(numbers))
-        self._restoring, self.whole = None, True
+        with self._incoming as incoming:
+            self.session.exchange.restored(incoming, captured_of(numbers))
+        self._incoming, self.whole = None, True
         backlog, self._backlog = self._backlog, []
         for record in backlog:
             self._redo.add(received(record))

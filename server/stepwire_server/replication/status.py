@@ -22,3 +22,7 @@ class ReplicationStatus(NamedTuple):
     incomplete: int = 0
     divergences: int = 0
     problem: str = ""
+    pending_steps: int = 0
+    pending_bytes: int = 0
+    acknowledged_steps: int = 0
+    promotions: int = 0

@@ -33,7 +33,7 @@ class Upkeep:
         """Look after a primary; `clock` returns seconds, and digests are compared every `digest_seconds`."""
         self._primary, self._codec, self._clock, self._digest_seconds = primary, codec, clock, digest_seconds
         self._compared_at = clock()
-        self._digests: dict[tuple[bytes, int], bytes] = {}
+        self._digests: dict[bytes, tuple[int, bytes]] = {}  # the newest of each session that one side has told
         self._looking = threading.Lock()
         self._wake, self._ended = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="replication", daemon=True)
@@ -98,7 +98,7 @@ class Upkeep:
             now = self._clock()
             for replica in list(self._primary.replicas.values()):
                 if self._primary.is_sending and replica.synced is None and now >= replica.retry_at:
-                    self._try(self._bring, replica)
+                    self._try_to_bring(replica)
             self._primary.name_member()
             if now - self._compared_at >= self._digest_seconds:
                 self.compare()
@@ -106,20 +106,26 @@ class Upkeep:
     def compare(self) -> None:
         """Ask the standby for the digest of each session that it has, and compare it when it comes."""
         self._compared_at = self._clock()
+        with self._primary.outbox.changed:
+            self._digests = {key: each for key, each in self._digests.items() if key in self._primary.replicas}
         for replica in list(self._primary.replicas.values()):
             if self._primary.is_sending and replica.synced is not None:
-                self._try(self._compare, replica)
+                try:
+                    self._compare(replica)
+                except StepwireError as error:  # it cannot be read just now: nothing is known against the standby
+                    _log.warning("digests not compared", session_id=replica.session.session_id, problem=str(error))
 
     def digested(self, key: bytes, number: int, digest: bytes) -> None:
         """Note the digest of one side; the second one of a moment is compared with the first."""
         outbox = self._primary.outbox
         with outbox.changed:
-            other = self._digests.pop((key, number), None)
-            if other is None:
-                self._digests[key, number] = digest
+            replica, (moment, other) = self._primary.replicas.get(key), self._digests.pop(key, (0, b""))
+            if replica is None:
                 return
-            replica = self._primary.replicas.get(key)
-            if other == digest or replica is None:
+            if number != moment:
+                self._digests[key] = max((number, digest), (moment, other))
+                return
+            if other == digest:
                 return
             self._primary.divergences += 1
             replica.failed(_DIVERGED, self._clock())
@@ -146,9 +152,9 @@ class Upkeep:
             except Exception as error:  # the next look tries again, whatever it was, and the thread goes on
                 _log.warning("the standby was not looked after", problem=str(error))
 
-    def _try(self, do: Callable[[Replica], None], replica: Replica) -> None:
+    def _try_to_bring(self, replica: Replica) -> None:
         try:
-            do(replica)
+            self._bring(replica)
         except StepwireError as error:
             with self._primary.outbox.changed:
                 replica.failed(str(error), self._clock())

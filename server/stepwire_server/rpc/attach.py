@@ -26,6 +26,7 @@ from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.step_result import StepResult
 from stepwire_server.rpc.decode_step import decode_decision, decode_step_request, decode_trace, with_base_step
+from stepwire_server.rpc.decode_tables import MOST_ROW_BYTES
 from stepwire_server.rpc.encode import encode_gradient_check, encode_result
 from stepwire_server.rpc.reply_messages import ChunkReplyWriter, WholeReplyWriter
 from stepwire_server.rpc.serving import Serving
@@ -195,7 +196,7 @@ class StepStream:
             stage_shared(self._memory(), step, config.layout.size, self._session.depth)
         commit = self._receive(opening.pop(), frames, step)
         step.received = self._stream.last_seen
-        if step.gradient.rows is not None and not step.replay and self._session.contributions is None:
+        if step.gradient.rows is not None and not step.replay:
             step.gradient.rows.complete()  # here nobody waits for the sum of rows that come often
         if config.treatment.two_phase and decode_decision(commit, config) is None:
             check = self._session.check(step)
@@ -384,13 +385,14 @@ def _drained(ready: deque[bytes], last: Callable[[], bytes]) -> Iterator[bytes]:
 
 
 def check_chunk(frame: Frame, max_chunk_bytes: int) -> None:
-    """Refuse a chunk that is wrong in any space.
+    """Refuse a chunk that is wrong in any space. A chunk of one row has room for the widest.
 
     Raises:
         InvalidRequestError: it has more bytes than a message may carry.
     """
-    if frame.payload.size > max_chunk_bytes:
-        raise invalid_frame("payload", f"{frame.payload.size} bytes; a chunk holds at most {max_chunk_bytes}")
+    most = max(max_chunk_bytes, MOST_ROW_BYTES) if len(frame.message.chunk.rows) == 1 else max_chunk_bytes
+    if frame.payload.size > most:
+        raise invalid_frame("payload", f"{frame.payload.size} bytes; a chunk holds at most {most}")
 
 
 def invalid_frame(field: str, problem: str) -> InvalidRequestError:

@@ -11,14 +11,26 @@ slow with its message counts as many bytes as a message may have, and all of the
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final, NamedTuple, TypeAlias
 
 from stepwire.errors import Reason, ResourceExhaustedError, StepwireError
 
-__all__ = ["CALLS", "ENTRANCE", "HEALTH", "MOST_CALLS", "STREAMS", "WATCH", "CallRooms", "CallStatistics", "ClientCall"]
+__all__ = [
+    "CALLS",
+    "ENTRANCE",
+    "FOLLOW",
+    "HEALTH",
+    "MOST_CALLS",
+    "STREAMS",
+    "WATCH",
+    "CallRooms",
+    "CallStatistics",
+    "ClientCall",
+]
 
 ENTRANCE: Final = "entrance"
 """The room of calls that have not brought their message."""
@@ -26,15 +38,22 @@ ENTRANCE: Final = "entrance"
 CALLS: Final = "calls"
 HEALTH: Final = "health"
 WATCH: Final = "watch"
+FOLLOW: Final = "follow"
+"""The room of standbys: one follows at a time, and others come to take its place."""
+
 STREAMS: Final = "streams"
 """The room of attached streams, which are counted elsewhere: here their unread replies alone are watched."""
 
 # A message comes with its call. So where 128 calls are opened between a call and its message, it is a flood of them.
-_PLACES: Final[Mapping[str, int]] = {ENTRANCE: 128, CALLS: 64, HEALTH: 32, WATCH: 16}
-_ADMINISTRATORS: Final = 8
-"""The places of `CALLS` beyond its own that only administrators take."""
+_PLACES: Final[Mapping[str, int]] = {ENTRANCE: 128, CALLS: 64, HEALTH: 32, WATCH: 16, FOLLOW: 8}
+_OTHERS: Final = 16
+_FEW: Final = 4
+"""The places of `CALLS` beyond its own, for tenants that have few calls there: one with all others keeps nobody out."""
 
-MOST_CALLS: Final = sum(_PLACES.values()) + _ADMINISTRATORS
+_ADMINISTRATORS: Final = 8
+"""The places of `CALLS` beyond those that only administrators take."""
+
+MOST_CALLS: Final = sum(_PLACES.values()) + _OTHERS + _ADMINISTRATORS
 """The places of all rooms that have a bound."""
 
 _MOST_UNREAD: Final = 4096
@@ -56,6 +75,7 @@ class ClientCall:
     Attributes:
         peer: the connection that it came over.
         room: the name of its room.
+        tenant: the tenant that it is of; None where callers have none.
         end: a function that ends it with an error, from any thread.
         cancel: a function that ends it, and drops what is not read of its responses, likewise.
         waits: it waits for its client: for a message, or until a response is read.
@@ -68,6 +88,7 @@ class ClientCall:
         """Begin; `end` and `cancel` end the call."""
         self.peer = peer
         self.room = room
+        self.tenant: str | None = None
         self.end = end
         self.cancel = cancel
         self.waits = self.receives = False
@@ -121,10 +142,11 @@ class CallRooms:
         self._unread: set[ClientCall] = set()
         self._held_bytes = 0
         self._lock = threading.Lock()
+        self._leaving: deque[ClientCall] = deque()
 
     def statistics(self) -> CallStatistics:
         """Return the state as of now."""
-        with self._lock:
+        with self._alone():
             present = [call for calls in self._rooms.values() for call in calls]
             unread = self._held_bytes
             total = len(present) + len(self._unread)
@@ -165,8 +187,34 @@ class CallRooms:
         self._place(call, room, is_administrator)
 
     def leave(self, call: ClientCall) -> None:
-        """End a call, or what is left of it. Leaving twice is harmless."""
-        with self._lock:
+        """End a call, or what is left of it. Leaving twice is harmless.
+
+        The collector may bring any thread here, with the lock or without it. So nobody waits for the lock: whoever has
+        it lets the call go at the end.
+        """
+        self._leaving.append(call)
+        self._let_go()
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Have the lock for a block, after the calls that have left, and before those that leave meanwhile."""
+        try:
+            with self._lock:
+                self._forget_those_that_left()
+                yield
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        while self._leaving and self._lock.acquire(blocking=False):
+            try:
+                self._forget_those_that_left()
+            finally:
+                self._lock.release()
+
+    def _forget_those_that_left(self) -> None:
+        while self._leaving:
+            call = self._leaving.popleft()
             self._rooms.get(call.room, set()).discard(call)
             self._forget(call)
 
@@ -181,7 +229,7 @@ class CallRooms:
         Beyond the bound of such bytes, responses of the connection with most of them are dropped, the oldest first.
         """
         call.waits, call.since = True, self._clock()
-        with self._lock:
+        with self._alone():
             self._rooms.get(call.room, set()).discard(call)
             call.unread_bytes = size
             self._unread.add(call)
@@ -199,21 +247,27 @@ class CallRooms:
 
         Those are of the connection with the most slow calls, the oldest first.
         """
-        for call in self._slow_beyond_bound():
-            call.end(_too_many("messages", self._most_slow))
+        self.end_slow(self._most_slow)
         before = self._clock() - self._silent_seconds
-        with self._lock:
+        with self._alone():
             present = [*self._unread, *(call for calls in self._rooms.values() for call in calls)]
             silent = [call for call in present if call.waits and call.since < before and call.room != WATCH]
         for call in silent:
             call.cancel()
 
-    def _slow_beyond_bound(self) -> list[ClientCall]:
+    def end_slow(self, most: int = 0) -> int:
+        """End calls that are slow with their messages, until so many are left; return the number of those that end."""
+        beyond = self._slow_beyond(most)
+        for call in beyond:
+            call.end(_too_many("messages", self._most_slow))
+        return len(beyond)
+
+    def _slow_beyond(self, most: int) -> list[ClientCall]:
         before = self._clock() - _SLOW_SECONDS
-        with self._lock:
+        with self._alone():
             slow = {call for calls in self._rooms.values() for call in calls if call.receives and call.since < before}
         beyond = []
-        while len(slow) > self._most_slow and (call := _displaced(slow)) is not None:
+        while len(slow) > most and (call := _displaced(slow)) is not None:
             slow.discard(call)
             beyond.append(call)
         return beyond
@@ -221,7 +275,7 @@ class CallRooms:
     def _place(self, call: ClientCall, room: str, is_administrator: Callable[[], bool]) -> None:
         """Give a call a place in a room, and take the one that it has."""
         most = self._places.get(room)
-        with self._lock:
+        with self._alone():
             calls = self._rooms.setdefault(room, set())
             displaced = _displaced(calls) if most is not None and len(calls) >= most else None
             full = most is not None and len(calls) >= most and displaced is None
@@ -235,12 +289,15 @@ class CallRooms:
             self._place_beyond(call, room, is_administrator)
 
     def _place_beyond(self, call: ClientCall, room: str, is_administrator: Callable[[], bool]) -> None:
-        """Give an administrator's call one of the places that are kept for them."""
-        most = self._places[room]
-        admitted = room == CALLS and is_administrator()
-        with self._lock:
+        """Give a call one of the places that are kept for administrators, and for tenants with few calls."""
+        most, beyond = self._places[room], 0
+        if room == CALLS and is_administrator():
+            beyond = _OTHERS + _ADMINISTRATORS
+        with self._alone():
             calls = self._rooms[room]
-            if len(calls) < most + (_ADMINISTRATORS if admitted else 0):
+            if room == CALLS and call.tenant is not None and not beyond:
+                beyond = _OTHERS if sum(each.tenant == call.tenant for each in calls) < _FEW else 0
+            if len(calls) < most + beyond:
                 self._seat(call, room, None)
                 return
         raise _too_many(room, most)

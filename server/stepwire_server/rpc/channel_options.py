@@ -14,6 +14,8 @@ _MOST_CONNECTIONS: Final = 8192
 _KEEPALIVE_MS: Final = 60_000
 _KEEPALIVE_TIMEOUT_MS: Final = 20_000
 """A host that has vanished is noticed after both together."""
+_IDENTITY_ALONE: Final = 1
+"""No message is inflated: a kilobyte may be a megabyte, before anybody has counted it. Gradients are hardly smaller."""
 
 
 def largest_message_bytes(config: ServerConfig) -> int:
@@ -32,6 +34,8 @@ def channel_options(config: ServerConfig) -> list[tuple[str, int]]:
         ("grpc.max_receive_message_length", largest_message_bytes(config)),
         ("grpc.max_send_message_length", -1),
         ("grpc.max_metadata_size", 16 << 10),
+        ("grpc.compression_enabled_algorithms_bitset", _IDENTITY_ALONE),
+        ("grpc.per_message_decompression", 0),
         ("grpc.so_reuseport", 0),
         ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_time_ms", _KEEPALIVE_MS),

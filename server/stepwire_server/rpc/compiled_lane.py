@@ -225,6 +225,6 @@ def _length(part: tuple[int, int]) -> int:
 
 def _aligned(size: int, head: int) -> HostArray:
     """Return room for a message whose payload, behind the head, is aligned."""
-    room: HostArray = np.empty(size + _ALIGNMENT, np.uint8)
+    room: HostArray = np.zeros(size + _ALIGNMENT, np.uint8)  # padding between two groups stays zero
     start = -(int(room.ctypes.data) + head) % _ALIGNMENT
     return room[start : start + size]

@@ -9,23 +9,30 @@ import numpy as np
 
 from stepwire.errors import InvalidRequestError, Reason, UnsupportedFeatureError
 from stepwire.optimizers import LARGEST_NUMBER, Hyperparameters
-from stepwire.v1 import step_pb2, tensor_pb2
+from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.v1 import state_pb2, step_pb2, tensor_pb2
 from stepwire.wire.messages import SEMANTICS
 from stepwire_server.engines.protocol import HostArray
 from stepwire_server.records.session_config import SessionConfig
-from stepwire_server.rules import Precision, row_obstacle
+from stepwire_server.rules import Precision, RowSemantics, row_obstacle
 
 __all__ = [
+    "MOST_ROW_BYTES",
     "check_load",
     "check_table",
     "check_table_groups",
     "check_tables",
     "check_whole",
+    "decode_id_tables",
+    "decode_load_tables",
     "decode_rows",
     "decode_table_entries",
 ]
 
 MOST_WIDTH: Final = 65_536
+MOST_ROW_BYTES: Final = 4 * MOST_WIDTH
+"""The bytes of the widest row in float32, which one message holds whatever the limit of others is."""
+
 _MOST_ROWS: Final = 1 << 40
 _MOST_IDS: Final = 1 << 30
 
@@ -72,19 +79,24 @@ def check_tables(config: SessionConfig) -> None:
     """
     if not config.tables:
         return
-    treatment = config.treatment
+    treatment, rows = config.treatment, [each for each in config.tables.values() if each is not RowSemantics.GLOBAL]
+    if config.aggregation is not None and config.aggregation.is_robust:
+        raise _unsupported("config.aggregation.reduction", "it is not served in a session with tables; use a mean")
     obstacles = {
-        "aggregation.reduction": config.aggregation is not None and config.aggregation.is_robust,
-        "gradient.accumulation_steps": treatment.accumulation_steps > 1,
-        "gradient.parameter_average_decay": treatment.parameter_average_decay is not None,
+        "gradient.accumulation_steps": (treatment.accumulation_steps > 1, "sum the gradients of rows on the client"),
+        "gradient.parameter_average_decay": (
+            treatment.parameter_average_decay is not None,
+            "average the rows that are pulled on the client",
+        ),
     }
-    for field, asked in obstacles.items():
-        if asked:
-            raise _unsupported(f"config.{field}", "it is not served in a session with tables; leave it out")
+    for field, (asked, instead) in obstacles.items():
+        if asked and rows:
+            problem = f"tables of {rows[0].value!r} keep nothing of rows that sleep, and this passes over every row"
+            raise _unsupported(f"config.{field}", f"{problem}; use 'global' for all tables, or {instead}")
     for index in config.tables:
         spec = config.layout.tensors[index].spec
-        if spec.hashed and (config.aggregation is not None or not config.start_at_zero):
-            problem = "rows are named by ids for one worker, and with INITIALIZATION_ZEROS; leave `hashed` out"
+        if spec.hashed and not config.start_at_zero:
+            problem = "rows by ids begin with first values of their own; ask for INITIALIZATION_ZEROS"
             raise _unsupported("config.tensors.table.hashed", f"table {spec.name!r}: {problem}")
         if spec.held_precision != Precision.FLOAT32.value:
             problem = f"table {spec.name!r} has {spec.state_precision} moments; tables have float32 ones"
@@ -120,14 +132,20 @@ def decode_table_entries(begin: step_pb2.StepBegin, config: SessionConfig) -> tu
     """
     if config.tables:
         _refuse_beside_tables(begin)
-    entries = tuple((table.tensor, table.entries) for table in begin.tables)
+    return _table_entries(begin.tables, config, "begin.tables")
+
+
+def _table_entries(
+    tables: Sequence[tensor_pb2.TableEntries], config: SessionConfig, field: str
+) -> tuple[tuple[int, int], ...]:
+    entries = tuple((table.tensor, table.entries) for table in tables)
     for place, (index, count) in enumerate(entries):
         if index not in config.tables:
-            raise _invalid(f"begin.tables[{place}].tensor", f"tensor {index} is no table of this session")
+            raise _invalid(f"{field}[{place}].tensor", f"tensor {index} is no table of this session")
         if place and index <= entries[place - 1][0]:
-            raise _invalid(f"begin.tables[{place}].tensor", f"{index} comes after {entries[place - 1][0]}; they rise")
+            raise _invalid(f"{field}[{place}].tensor", f"{index} comes after {entries[place - 1][0]}; they rise")
         if count > _MOST_ROWS:
-            raise _invalid(f"begin.tables[{place}].entries", f"{count} rows; a step has at most {_MOST_ROWS}")
+            raise _invalid(f"{field}[{place}].entries", f"{count} rows; a step has at most {_MOST_ROWS}")
     return entries
 
 
@@ -143,6 +161,22 @@ def check_load(config: SessionConfig, slots: Sequence[str], counts: bool) -> Non
             name = config.layout.tensors[index].spec.name
             problem = f"moments and t of table {name!r} belong to the numbers of its rows, which no load brings"
             raise _unsupported("open.slots", f"{problem}; load 'param' alone, or use 'torch_sparse' or 'global'")
+
+
+def decode_load_tables(message: state_pb2.LoadOpen, config: SessionConfig) -> tuple[tuple[int, int], ...]:
+    """Return the tables that a load brings rows of, with their numbers of rows.
+
+    Raises:
+        InvalidRequestError: a tensor is no table, named twice or out of order, a number is too large, or the load has
+            more than rows of parameters.
+    """
+    entries = _table_entries(message.tables, config, "open.tables")
+    more = message.tensor_steps or message.tensor_scalars or message.HasField("loss_scale")
+    if entries and not message.by_rows:
+        raise InvalidRequestError.of("open.tables", "rows are announced, and `by_rows` is not set; set it")
+    if message.by_rows and (list(message.slots) != ["param"] or more):
+        raise InvalidRequestError.of("open.slots", "rows replace 'param' alone, and no numbers; name nothing else")
+    return entries
 
 
 def check_whole(config: SessionConfig, field: str) -> None:
@@ -168,6 +202,20 @@ def decode_rows(message: tensor_pb2.TableRows, config: SessionConfig, field: str
     if rows.size and int(rows.max()) >= spec.named_rows:
         raise _invalid(f"{field}.rows", f"row {int(rows.max())} is not below {spec.named_rows}, those of {spec.name!r}")
     return rows.astype(np.int64)
+
+
+def decode_id_tables(request: pb.PullRequest, config: SessionConfig) -> tuple[int, ...]:
+    """Return the tables whose ids a pull asks for; none in most pulls.
+
+    Raises:
+        InvalidRequestError: a tensor has no ids, or the pull asks for more.
+    """
+    for place, index in enumerate(request.row_ids):
+        if index not in config.hashed_tables:
+            raise _invalid(f"row_ids[{place}]", f"tensor {index} is no table of this session whose rows have ids")
+    if request.row_ids and (request.rows or request.slots):
+        raise InvalidRequestError.of("row_ids", "ids come alone; ask for rows and slots in another pull")
+    return tuple(dict.fromkeys(request.row_ids))
 
 
 def _refuse_beside_tables(begin: step_pb2.StepBegin) -> None:

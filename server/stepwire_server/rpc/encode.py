@@ -97,15 +97,15 @@ def encode_parked(session: ParkedSession) -> session_pb2.Session:
     )
 
 
-def encode_device(device: Device) -> server_pb2.DeviceInfo:
-    """Encode a device with its budget, as of now."""
+def encode_device(device: Device, reserved_bytes: int) -> server_pb2.DeviceInfo:
+    """Encode a device with its budget, and the bytes of it that the caller may know of."""
     info, budget = device.engine.device, device.budget
     return server_pb2.DeviceInfo(
         name=info.name,
         description=info.description,
         memory_bytes=info.memory_bytes,
         budget_bytes=budget.limit_bytes,
-        reserved_bytes=budget.reserved_bytes,
+        reserved_bytes=reserved_bytes,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 import grpc
 import structlog
 
-from stepwire.errors import FencedError, InvalidRequestError, Reason
+from stepwire.errors import FencedError, InvalidRequestError, Reason, UnavailableError
 from stepwire.v1 import replication_service_pb2 as pb
 from stepwire.wire.addresses import grpc_target, is_on_this_host
 from stepwire.wire.channel_options import BULK_OPTIONS
@@ -37,6 +37,7 @@ _OPTIONS: Final = [
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # a minute by default, whatever the keepalive's is
     ("grpc.use_local_subchannel_pool", 1),
 ]
 
@@ -45,7 +46,12 @@ class FollowCall:
     """The connection of a standby. Thread-safe."""
 
     def __init__(
-        self, config: ServerConfig, follower: Follower, look: Callable[[float], object], clock: Callable[[], float]
+        self,
+        config: ServerConfig,
+        follower: Follower,
+        look: Callable[[float], object],
+        clock: Callable[[], float],
+        locate: Callable[[], str],
     ) -> None:
         """Follow the primary of some settings.
 
@@ -54,13 +60,15 @@ class FollowCall:
             follower: admits the records.
             look: called with the seconds without a primary, now and then while there is none.
             clock: returns seconds.
+            locate: returns the address of the primary as of now; empty for none.
 
         Raises:
             InvalidRequestError: a file of the settings cannot be read, or the token would leave in plaintext.
         """
-        self._follower, self._look, self._clock = follower, look, clock
-        self._metadata = _metadata(config)
-        self._channel = _channel(config)
+        self._config, self._follower, self._look, self._clock = config, follower, look, clock
+        self._locate, self._address = locate, locate()
+        self._metadata = _metadata(config, self._address)
+        self._channel = _channel(config, self._address)
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._call: Any = None
         self._ended = threading.Event()
@@ -95,7 +103,7 @@ class FollowCall:
         self._channel.close()
 
     def _run(self) -> None:
-        lost_at, problem = self._clock(), ""
+        lost_at, problem, refusal = self._clock(), "", ""
         while not self._ended.is_set() and not self._follower.promoted:
             try:
                 self._follow()
@@ -112,8 +120,11 @@ class FollowCall:
                 return
             try:
                 self._look(self._clock() - lost_at)
+                refusal = ""
             except Exception as error:  # the next look tries again
-                _log.warning("the standby is not promoted", problem=str(error))
+                if str(error) != refusal:
+                    refusal = str(error)
+                    _log.warning("the standby is not promoted", problem=refusal)
             self._ended.wait(_PAUSE_SECONDS)
 
     def _follow(self) -> None:
@@ -123,9 +134,10 @@ class FollowCall:
             StepwireError: the primary's refusal, or no connection.
         """
         follower = self._follower
+        self._turn()
         requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._requests = requests
-        opening = pb.FollowOpen(standby_id=follower.server_id, received=follower.received)
+        opening = pb.FollowOpen(standby_id=follower.server_id, received=follower.received, shard=self._config.shard)
         if follower.is_member:
             opening.primary_id = follower.primary_id
         requests.put(pb.FollowRequest(open=opening).SerializeToString())
@@ -134,14 +146,30 @@ class FollowCall:
         self._call = call
         try:
             for data in call:
-                self._received(data)
+                try:
+                    self._received(data)
+                except UnavailableError:  # it ends: `leave` is on its way, and the primary ends the stream behind it
+                    if not self._ended.is_set():
+                        raise
         except grpc.RpcError as error:
             raise error_from_call(error) from None
-        except FencedError:  # this server is the primary now, and has said so
+        except FencedError:  # the primary is of the past, and was told so
             return
         finally:
             requests.put(None)
             call.cancel()
+
+    def _turn(self) -> None:
+        """Turn to the present primary, wherever it is.
+
+        Raises:
+            InvalidRequestError: as `FollowCall`.
+        """
+        if (address := self._locate()) != self._address:
+            channel, self._metadata = _channel(self._config, address), _metadata(self._config, address)
+            self._channel.close()
+            self._channel, self._address = channel, address
+            _log.info("another primary", endpoint=address)
 
     def _received(self, data: bytes) -> None:
         frame = read_frame(pb.FollowResponse, data)
@@ -173,7 +201,7 @@ class FollowCall:
 
     def _tell(self, epoch: int) -> None:
         """Tell the old primary of its successor, however long it cannot be reached."""
-        opening = pb.FollowOpen(standby_id=self._follower.server_id, promoted_epoch=epoch)
+        opening = pb.FollowOpen(standby_id=self._follower.server_id, promoted_epoch=epoch, shard=self._config.shard)
         request = pb.FollowRequest(open=opening).SerializeToString()
         while not self._ended.wait(_PAUSE_SECONDS):
             try:
@@ -181,25 +209,25 @@ class FollowCall:
                 for _ in call(iter([request]), metadata=self._metadata, timeout=_TELLING_SECONDS):
                     return
             except grpc.RpcError as error:
-                if error_from_call(error).reason is Reason.NOT_PRIMARY:
+                if error_from_call(error).reason in (Reason.NOT_PRIMARY, Reason.STALE_EPOCH):
                     _log.info("the old primary knows its successor", epoch=epoch)
                     return
             except ValueError:  # the channel was closed
                 return
 
 
-def _metadata(config: ServerConfig) -> tuple[tuple[str, str], ...]:
+def _metadata(config: ServerConfig, address: str) -> tuple[tuple[str, str], ...]:
     if not config.standby_token:
         return ()
-    if not config.standby_ca and not is_on_this_host(config.standby_of):
+    if not config.standby_ca and not is_on_this_host(address):
         raise InvalidRequestError.of(
             "standby_token", "the token would travel in the clear to another host; give --standby-ca too"
         )
     return (("authorization", f"Bearer {_read(config.standby_token, 'standby_token').decode().strip()}"),)
 
 
-def _channel(config: ServerConfig) -> grpc.Channel:
-    address = grpc_target(config.standby_of)
+def _channel(config: ServerConfig, endpoint: str) -> grpc.Channel:
+    address = grpc_target(endpoint)
     if not config.standby_ca:
         return grpc.insecure_channel(address, options=_OPTIONS)
     own = (config.tls_key, config.tls_cert) if config.tls_cert else ()

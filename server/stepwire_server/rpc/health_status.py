@@ -24,9 +24,8 @@ class HealthStatus:
         self._problem, self._lock = "", threading.Lock()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
 
-    @property
     def problem(self) -> str:
-        """The reason why the server serves no sessions; empty where it does."""
+        """Return the reason why the server serves no sessions; empty where it does."""
         return self._problem
 
     def serves(self, problem: str, lives: bool = False) -> None:

@@ -88,7 +88,9 @@ def _abort(error: Exception, context: grpc.ServicerContext, method: str, errors:
     # When the client is gone, gRPC raises its own error out of the request iterator and recognizes it here; nobody is
     # left to be told. Every other error is told to gRPC as a status, because gRPC logs the trace of a raised error.
     if isinstance(error, grpc.RpcError):
-        raise error
+        # gRPC keeps its error with the state of the call, on which the frames of the trace depend: without a trace
+        # there is no cycle, and the memory of a stream goes at once.
+        raise error.with_traceback(None)
     if not isinstance(error, StepwireError):
         error = _unexpected(error, method)
     error = errors.told(error)

@@ -54,11 +54,15 @@ class LaneGate:
         return self._open
 
     def grant(self, seat: Seat) -> bool:
-        """Begin a grant; False once the gate is closed."""
+        """Begin a grant; False once the gate is closed.
+
+        Raises:
+            OSError: the system refuses it; nothing is granted.
+        """
         with self._lock:
             if self._open:
-                self._seats.add(seat)
                 seat.grant()
+                self._seats.add(seat)
             return self._open
 
     def over(self, seat: Seat) -> None:

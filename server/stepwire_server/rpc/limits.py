@@ -12,7 +12,7 @@ from stepwire.errors import InvalidRequestError, Reason
 from stepwire_server.access.control import AccessControl
 from stepwire_server.access.identity import EVERYBODY, Role
 from stepwire_server.rpc.access import identity_of
-from stepwire_server.rpc.call_rooms import CALLS, ENTRANCE, HEALTH, STREAMS, WATCH, CallRooms, ClientCall
+from stepwire_server.rpc.call_rooms import CALLS, ENTRANCE, FOLLOW, HEALTH, STREAMS, WATCH, CallRooms, ClientCall
 from stepwire_server.rpc.end_call import end_call
 from stepwire_server.rpc.wrapping import Behavior, Handler, kinds_of
 
@@ -24,7 +24,7 @@ _ROOMS: Final = {
     "/grpc.health.v1.Health/Check": HEALTH,
     "/grpc.health.v1.Health/Watch": WATCH,
     "/stepwire.v1.OptimizerService/Attach": STREAMS,
-    "/stepwire.v1.ReplicationService/Follow": STREAMS,
+    "/stepwire.v1.ReplicationService/Follow": FOLLOW,
 }
 """The rooms of methods; of all others it is `CALLS`, by way of `ENTRANCE`."""
 
@@ -97,8 +97,13 @@ class CallLimits(grpc.ServerInterceptor):
         return serve
 
     def _enter(self, context: grpc.ServicerContext, room: str) -> ClientCall:
-        entrance = ENTRANCE if room == CALLS else room
-        return self._rooms.enter(context.peer(), entrance, functools.partial(end_call, context), context.cancel)
+        end = functools.partial(end_call, context)
+        if room != CALLS:
+            return self._rooms.enter(context.peer(), room, end, context.cancel)
+        identity = identity_of(context, self._access)
+        call = self._rooms.enter(context.peer(), ENTRANCE, end, context.cancel)
+        call.tenant = None if identity is EVERYBODY else identity.tenant
+        return call
 
     def _received(
         self, call: ClientCall, messages: Iterator[_T], context: grpc.ServicerContext, room: str
@@ -106,11 +111,22 @@ class CallLimits(grpc.ServerInterceptor):
         """Return the messages of a call. Streams watch over theirs themselves: between steps they may be silent."""
         if room == STREAMS:
             return messages
+        if room == FOLLOW:
+            return self._opened(call, messages)
         return _Received(self._rooms, call, messages, room, functools.partial(self._is_administrator, context))
+
+    def _opened(self, call: ClientCall, messages: Iterator[_T]) -> Iterator[_T]:
+        """Iterate over the messages of a standby, which may be silent for as long as it likes once it has opened."""
+        self._rooms.wait(call, receives=True)
+        first = next(messages, None)
+        call.waits = call.receives = False
+        if first is not None:
+            yield first
+            yield from messages
 
     def _is_administrator(self, context: grpc.ServicerContext) -> bool:
         identity = identity_of(context, self._access)
-        return identity is not EVERYBODY and identity.role is Role.ADMIN
+        return identity is not EVERYBODY and identity.role is Role.ADMIN and not identity.tenant
 
 
 class _Received(Iterator[_T]):

@@ -18,9 +18,9 @@ from stepwire.errors import InvalidRequestError
 from stepwire.wire.addresses import checked_unix_path, grpc_target, unix_path, unix_target
 from stepwire_server.access.certificates import CertificateFiles
 from stepwire_server.config import ServerConfig
-from stepwire_server.host.sockets import claim_socket, listen_problem
+from stepwire_server.host.sockets import check_unused, claim_socket, listen_problem
 
-__all__ = ["Listening", "check_bind"]
+__all__ = ["Listening", "check_bind", "check_free"]
 
 _log = structlog.get_logger()
 
@@ -53,7 +53,7 @@ class Listening:
         if path is None:
             self.port = _listen_tcp(server, config.bind, None if certificates is None else _credentials(certificates))
             self.target = f"{config.bind.rpartition(':')[0]}:{self.port}"
-            self._listen_besides(server, config.unix_socket)
+            self._listen_besides(server, config.socket_besides)
         else:
             self.unix_socket = _listen_unix(server, checked_unix_path(path, "bind"), "bind")
             self.target = unix_target(self.unix_socket)
@@ -115,6 +115,20 @@ def check_bind(config: ServerConfig) -> None:
         )
 
 
+def check_free(config: ServerConfig) -> None:
+    """Refuse an address that is in use, before anything is acquired that the other server may own.
+
+    Raises:
+        InvalidRequestError: another process listens there, or nobody can.
+    """
+    if (path := unix_path(config.bind)) is not None:
+        check_unused(path, "bind")
+        return
+    _check_port(config.bind)
+    if config.unix_socket not in ("auto", "off"):
+        check_unused(checked_unix_path(config.unix_socket, "unix_socket"), "unix_socket")
+
+
 def _listen_unix(server: grpc.Server, path: str, field: str) -> str:
     with claim_socket(path, field):
         try:
@@ -138,7 +152,7 @@ def _credentials(files: CertificateFiles) -> grpc.ServerCredentials:
     )
 
 
-def _listen_tcp(server: grpc.Server, bind: str, credentials: grpc.ServerCredentials | None) -> int:
+def _check_port(bind: str) -> None:
     host, _, port_text = bind.rpartition(":")
     if (problem := listen_problem(host, int(port_text))) is not None:
         cause = "the port is taken" if problem.errno == errno.EADDRINUSE else problem.strerror
@@ -146,6 +160,10 @@ def _listen_tcp(server: grpc.Server, bind: str, credentials: grpc.ServerCredenti
             "bind",
             f"cannot listen on {bind!r}: {cause}; choose another with --bind host:port (port 0 takes a free one)",
         )
+
+
+def _listen_tcp(server: grpc.Server, bind: str, credentials: grpc.ServerCredentials | None) -> int:
+    _check_port(bind)
     try:
         port = server.add_insecure_port(bind) if credentials is None else server.add_secure_port(bind, credentials)
     except RuntimeError:
@@ -153,7 +171,7 @@ def _listen_tcp(server: grpc.Server, bind: str, credentials: grpc.ServerCredenti
     if port == 0:
         raise InvalidRequestError.of(
             "bind",
-            f"cannot listen on {bind!r}, as gRPC says on standard error; choose another with --bind host:port (port 0 "
-            "takes a free one)",
+            f"cannot listen on {bind!r}; choose another with --bind host:port (port 0 takes a free one), or have gRPC "
+            "say why on standard error by GRPC_VERBOSITY=ERROR",
         )
     return port

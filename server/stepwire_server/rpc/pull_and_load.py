@@ -20,9 +20,10 @@ from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.records.snapshot import Snapshot
 from stepwire_server.rpc.attach import check_chunk, invalid_frame
 from stepwire_server.rpc.decode_step import decode_chunk_bytes
-from stepwire_server.rpc.decode_tables import check_load, check_whole, decode_rows
+from stepwire_server.rpc.decode_tables import check_load, check_whole, decode_id_tables, decode_load_tables, decode_rows
 from stepwire_server.rules.loss_scale import LossScale
 from stepwire_server.sessions.load import Load
+from stepwire_server.sessions.row_load import RowLoad
 from stepwire_server.sessions.session import Session
 from stepwire_server.steps.row_gradients import NamedRows, table_of
 
@@ -31,6 +32,7 @@ __all__ = ["load", "pull"]
 _COUNTER_END = 2**53
 _INDEX_ELEMENTS = 4
 _INDEX_BYTES = 10
+_ID_BYTES = 8
 
 
 def pull(session: Session, request: pb.PullRequest, max_chunk_bytes: int) -> Iterator[bytes]:
@@ -45,6 +47,10 @@ def pull(session: Session, request: pb.PullRequest, max_chunk_bytes: int) -> Ite
     dtype = dtype_from_wire(request.dtype, FLOAT32, "dtype")
     most = decode_chunk_bytes(request.chunk_bytes, max_chunk_bytes, "chunk_bytes") // dtype.itemsize
     at_once = session.config.aggregation is not None and slots == (PARAM,)
+    if tables := decode_id_tables(request, session.config):
+        with session.calls.one():
+            yield from _pull_ids(session, tables, most * dtype.itemsize // _ID_BYTES)
+        return
     if request.rows:
         asked = _asked_rows(session, request, most)
         with session.calls.one():
@@ -116,6 +122,24 @@ def _pull_rows(
         yield frame.finish()
 
 
+def _pull_ids(session: Session, tables: Sequence[int], most: int) -> Iterator[bytes]:
+    """Yield the messages of a pull of ids, at most `most` each, all as of one moment.
+
+    Raises:
+        StateChangedError: as `pull`.
+    """
+    snapshot = session.exchange.snapshot()
+    yield _header(snapshot, session.ledger.epoch).SerializeToString()
+    for index in tables:
+        with session.exchange.row_ids(snapshot, index) as ids:
+            for low in range(0, len(ids), most):
+                part = ids[low : low + most].astype("<u8")
+                chunk = tensor_pb2.Chunk(offset=session.config.layout.tensors[index].offset, count=len(part))
+                frame = FrameBuffer(pb.PullResponse(chunk=chunk), part.nbytes)
+                frame.payload(np.dtype(np.uint8))[:] = part.view(np.uint8)
+                yield frame.finish()
+
+
 def _pull_rows_at_once(
     session: Session, slots: tuple[str, ...], asked: Sequence[NamedRows], dtype: np.dtype[Any]
 ) -> Iterator[bytes]:
@@ -173,26 +197,31 @@ def _decode_load(session: Session, message: state_pb2.LoadOpen) -> LoadRequest:
     """
     slots = _known_slots(session, list(message.slots), "open.slots")
     _check_scales(session, slots)
-    check_load(session.config, slots, bool(message.tensor_steps))
+    tables = decode_load_tables(message, session.config)
+    if not message.by_rows:
+        check_load(session.config, slots, bool(message.tensor_steps))
     steps = _known_steps(session, list(message.tensor_steps))
     scalars = _known_scalars(session, list(message.tensor_scalars))
     step = message.step if message.HasField("step") else None
     _check_counter(step or 0, "open.step")
     loss_scale = _known_loss_scale(session, message)
     dtype = dtype_from_wire(message.dtype, FLOAT32, "open.dtype")
-    return LoadRequest(message.load, slots, dtype, message.epoch, step, tuple(steps), loss_scale, tuple(scalars))
+    request = LoadRequest(message.load, slots, dtype, message.epoch, step, tuple(steps), loss_scale, tuple(scalars))
+    return request._replace(by_rows=message.by_rows, tables=tables)
 
 
-def _receive(staged: Load, frames: Iterator[Frame], max_chunk_bytes: int) -> None:
+def _receive(staged: Load | RowLoad, frames: Iterator[Frame], max_chunk_bytes: int) -> None:
     for frame in frames:
         message: pb.LoadRequest = frame.message
         if message.HasField("open"):
             raise invalid_frame("open", "only the first message of a stream carries `open`")
         if message.HasField("chunk"):
             check_chunk(frame, max_chunk_bytes)
-            if message.chunk.rows:
-                raise invalid_frame("chunk.rows", "a load brings whole slots; leave the rows out")
-            staged.add(message.slot, message.chunk.offset, message.chunk.count, frame.payload)
+            chunk = message.chunk
+            if chunk.rows:
+                staged.add_rows(chunk.offset, chunk.count, np.array(chunk.rows, np.uint64), frame.payload)
+            else:
+                staged.add(message.slot, chunk.offset, chunk.count, frame.payload)
         elif frame.payload.size:
             raise invalid_frame("chunk", f"a payload of {frame.payload.size} bytes comes without `chunk`")
         if message.commit:

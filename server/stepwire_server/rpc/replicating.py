@@ -9,9 +9,10 @@ from typing import Final
 
 import structlog
 
-from stepwire.errors import FencedError, Reason, StepwireError
+from stepwire.errors import FencedError, InvalidRequestError, Reason, StepwireError
 from stepwire_server.config import ServerConfig
-from stepwire_server.processes.standby_settings import check_replication
+from stepwire_server.processes.standby_settings import FROM_DIRECTORY
+from stepwire_server.records.session_reasons import OF_SESSIONS
 from stepwire_server.replication.claims import Claim, Claims
 from stepwire_server.replication.follower import Follower
 from stepwire_server.replication.joining import new_id, no_replication
@@ -28,20 +29,6 @@ _log = structlog.get_logger()
 
 _SERVICE: Final = "/stepwire.v1.OptimizerService/"
 _OF_NO_SESSION: Final = frozenset({f"{_SERVICE}GetServerInfo", f"{_SERVICE}GetStatistics"})
-_OF_STATE: Final = frozenset(
-    {
-        Reason.SESSION_NOT_FOUND,
-        Reason.STEP_MISMATCH,
-        Reason.STEP_SUPERSEDED,
-        Reason.STEP_UNFINISHED,
-        Reason.STATE_CHANGED,
-        Reason.STALE_EPOCH,
-        Reason.FENCED,
-        Reason.SESSION_NOT_READY,
-        Reason.DURABLE_STEP_LOST,
-    }
-)
-"""The reasons of errors that tell of sessions, which may have gone on elsewhere."""
 
 
 class Replication:
@@ -53,12 +40,7 @@ class Replication:
     """
 
     def __init__(self, config: ServerConfig, registry: Registry, clock: Callable[[], float]) -> None:
-        """Have no role before `start`.
-
-        Raises:
-            InvalidRequestError: settings do not go together.
-        """
-        check_replication(config)
+        """Have no role before `start`; the settings have passed `check_replication`."""
         self._config, self._registry, self._clock = config, registry, clock
         self.server_id, self.epoch = new_id(), 0
         self._codec = DurableCodec()
@@ -68,12 +50,19 @@ class Replication:
         self._upkeep: Upkeep | None = None
         self._follower: Follower | None = None
         self._call: FollowCall | None = None
-        self._endpoint, self._leads = "", False
-        self._promoting = threading.Lock()
+        self._endpoint, self._leads, self._hands_over = "", False, False
+        self._promoting, self._telling = threading.Lock(), threading.Lock()
         self._changed: Callable[[str, bool], object] = lambda problem, lives: None
         self._announce: Callable[[int], object] = lambda epoch: None
+        self._end: Callable[[], object] = lambda: None
 
-    def start(self, endpoint: str, announce: Callable[[int], object], changed: Callable[[str, bool], object]) -> None:
+    def start(
+        self,
+        endpoint: str,
+        announce: Callable[[int], object],
+        changed: Callable[[str, bool], object],
+        end: Callable[[], object] = lambda: None,
+    ) -> None:
         """Begin in the role of the settings.
 
         Args:
@@ -81,24 +70,23 @@ class Replication:
             announce: tells clients that this server serves from an epoch on.
             changed: told with each change why this server serves no sessions, empty where it does, and whether it is
                 well all the same.
+            end: called once this process has no role any more, and a new one would follow its successor.
 
         Raises:
             InvalidRequestError: another server speaks for the sessions of this shard.
             OSError: the claims cannot be written.
         """
-        self._endpoint, self._announce, self._changed = endpoint, announce, changed
-        config = self._config
-        if config.standby_of:
+        self._endpoint, self._announce, self._changed, self._end = endpoint, announce, changed, end
+        if (claim := self._first_claim()) is not None:
+            self._lead(claim)
+        elif self._config.standby_of:
             self._follower = Follower(self.server_id, self._codec, self._registry.remade, self._claims)
-            self._call = FollowCall(config, self._follower, self._without_primary, self._clock)
+            self._call = FollowCall(
+                self._config, self._follower, self._without_primary, self._clock, self._primary_endpoint
+            )
             self._follower.start()
             self._call.start()
-        elif config.standby:
-            claim = Claim(1, self.server_id, "", endpoint)
-            if self._claims is not None:
-                claim = self._claims.begin(self.server_id, endpoint)
-            self._lead(claim, alone=config.standby == "preferred")
-        changed(self.problem, self._follower is not None)
+        self._tell()
 
     @property
     def problem(self) -> str:
@@ -118,7 +106,7 @@ class Replication:
 
     def told(self, error: StepwireError) -> StepwireError:
         """Return the error that may be told in the place of another one: sessions may have gone on elsewhere."""
-        return error if self._primary is None or error.reason not in _OF_STATE else self._primary.told(error)
+        return error if self._primary is None or error.reason not in OF_SESSIONS else self._primary.told(error)
 
     def hand_over(self, seconds: float) -> bool:
         """Have the standby promoted in the place of this server, which has drained; True if it was.
@@ -126,6 +114,7 @@ class Replication:
         Args:
             seconds: the longest wait for the standby.
         """
+        self._hands_over = True
         return self._primary is not None and self._primary.hand_over(seconds)
 
     def close(self) -> None:
@@ -141,8 +130,14 @@ class Replication:
 
     # --- Standing ----------------------------------------------------------------------------------------
 
-    def following(self) -> tuple[Primary, Upkeep]:
+    def following(self, shard: str = "") -> tuple[Primary, Upkeep]:
         """See `Standing`."""
+        if shard and self._config.shard and shard != self._config.shard:
+            raise FencedError(
+                f"the standby is of the shard {shard!r}, and this server of {self._config.shard!r}; look for its own",
+                reason=Reason.STALE_EPOCH,
+                metadata={"epoch": self.epoch},
+            )
         if self._follower is not None and not self._leads:
             raise FencedError(self.problem, reason=Reason.NOT_PRIMARY)
         if self._primary is None or self._upkeep is None:
@@ -158,15 +153,15 @@ class Replication:
             if follower.promoted:
                 return self.epoch, len(follower.sessions())
             claim = follower.promote(self._endpoint, lossy=lossy)
-            self._lead(claim, alone=self._config.standby != "required")
+            self._lead(claim)
             for each in follower.sessions():
-                self._registry.adopt(each.request_id, each.session)
+                self._registry.publish(each.request_id, each.session)
                 assert self._primary is not None
                 self._primary.keep(each.session, each.request_id)
             assert self._call is not None
             self._call.promoted(claim.epoch)
             self._leads = True
-            self._changed("", True)
+            self._tell()
             self._announce(claim.epoch)
         _log.warning("promoted", epoch=claim.epoch, sessions=len(follower.sessions()))
         return claim.epoch, len(follower.sessions())
@@ -175,21 +170,60 @@ class Replication:
         """See `Standing`."""
         if self._follower is not None and not self._leads:
             return self._follower.status()
-        return ReplicationStatus(server_id=self.server_id) if self._primary is None else self._primary.status()
+        if self._primary is None:
+            return ReplicationStatus(server_id=self.server_id)
+        return self._primary.status()._replace(promotions=int(self._leads))
 
-    def _lead(self, claim: Claim, *, alone: bool) -> None:
+    def _first_claim(self) -> Claim | None:
+        """Return the claim of a server that has the shard's sessions from its start on; None for any other.
+
+        Raises:
+            InvalidRequestError: another server speaks for the sessions, and the settings make this one no standby.
+        """
+        config, claims = self._config, self._claims
+        if not config.standby_of:
+            first = Claim(1, self.server_id, "", self._endpoint) if config.standby else None
+            return first if claims is None else claims.begin(self.server_id, self._endpoint)
+        if config.standby_of != FROM_DIRECTORY or claims is None or claims.newest().server:
+            return None
+        try:
+            return claims.begin(self.server_id, self._endpoint)
+        except InvalidRequestError:  # another server began just now: this one follows it
+            return None
+
+    def _primary_endpoint(self) -> str:
+        """Return the address of the primary as of now; where nobody is, this server's own, which refuses."""
+        if self._config.standby_of != FROM_DIRECTORY or self._claims is None:
+            return self._config.standby_of
+        return self._claims.newest().endpoint or self._endpoint
+
+    def _lead(self, claim: Claim) -> None:
         """Speak for sessions from a claim on."""
-        returns = self._config.standby != "required"
-        self._primary = Primary(self.server_id, claim, self._claims, self._clock, alone=alone, returns_alone=returns)
+        alone = self._config.standby != "required"
+        self._primary = Primary(self.server_id, claim, self._claims, self._clock, alone=alone, returns_alone=alone)
         self.epoch = self._registry.epoch = claim.epoch
         self._upkeep = Upkeep(self._primary, self._codec, self._clock, self._config.digest_seconds)
         self._registry.replicas = self._upkeep
-        self._primary.on_wake(lambda: self._changed(self.problem, False))
+        self._primary.on_wake(self._look_at_role)
         self._upkeep.start()
+
+    def _look_at_role(self) -> None:
+        """Tell of the present role; a server that was overtaken comes back as a standby, in another process."""
+        self._tell()
+        if self.problem and self._config.standby_of == FROM_DIRECTORY and not self._hands_over:
+            self._end()
+
+    def _tell(self) -> None:
+        """Tell whether this server serves. Of several threads the last one tells of the newest moment."""
+        with self._telling:
+            self._changed(self.problem, self._follower is not None and not self._leads)
 
     def _without_primary(self, seconds: float) -> None:
         """Promote this standby where its primary has ended, or is away for too long."""
-        follower, most = self._follower, self._config.promote_after_seconds
+        follower, claims, most = self._follower, self._claims, self._config.promote_after_seconds
         assert follower is not None
-        if follower.handed_over or (most and follower.is_member and seconds >= most):
+        if self._config.standby_of == FROM_DIRECTORY and claims is not None and not claims.newest().server:
+            follower.begin("", 0, whole=True)  # nobody speaks for the shard: its sessions have ended, or were given up
+            self.promote(lossy=True)
+        elif follower.handed_over or (most and follower.is_member and seconds >= most):
             self.promote()

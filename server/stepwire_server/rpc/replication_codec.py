@@ -62,7 +62,7 @@ def decode_joining(message: Any) -> Joining:
             "open", "the first message of a standby must carry `open` with its id", reason=Reason.INVALID_FRAME
         )
     opening = message.open
-    return Joining(opening.standby_id, opening.primary_id, opening.received, opening.promoted_epoch)
+    return Joining(opening.standby_id, opening.primary_id, opening.received, opening.promoted_epoch, opening.shard)
 
 
 def encode_status(status: ReplicationStatus) -> pb.GetReplicationResponse:

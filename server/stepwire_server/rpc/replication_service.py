@@ -8,14 +8,12 @@ from typing import Any, Protocol
 
 import grpc
 
-from stepwire.errors import InvalidRequestError, PermissionDeniedError, Reason
+from stepwire.errors import InvalidRequestError, Reason
 from stepwire.v1 import replication_service_pb2 as pb
 from stepwire.wire.frames import read_message
-from stepwire_server.access.control import AccessControl
 from stepwire_server.replication.primary import Primary
 from stepwire_server.replication.status import ReplicationStatus
 from stepwire_server.replication.upkeep import Upkeep
-from stepwire_server.rpc.access import identity_of
 from stepwire_server.rpc.method import unary
 from stepwire_server.rpc.replication_codec import decode_joining, encode_record, encode_status
 
@@ -25,12 +23,15 @@ __all__ = ["ReplicationService", "Standing"]
 class Standing(Protocol):
     """The role of this server."""
 
-    def following(self) -> tuple[Primary, Upkeep]:
+    def following(self, shard: str = "") -> tuple[Primary, Upkeep]:
         """Return the primary that a standby follows.
+
+        Args:
+            shard: the shard of the standby; empty for one that names none.
 
         Raises:
             UnsupportedFeatureError: this server accepts no standby.
-            FencedError: NOT_PRIMARY, this server is a standby.
+            FencedError: NOT_PRIMARY, this server is a standby; or STALE_EPOCH, it has another shard.
         """
         ...
 
@@ -50,10 +51,9 @@ class Standing(Protocol):
 class ReplicationService:
     """Serves `stepwire.v1.ReplicationService`."""
 
-    def __init__(self, standing: Standing, access: AccessControl) -> None:
-        """Serve the role of a server; `access` tells whose call it is."""
+    def __init__(self, standing: Standing) -> None:
+        """Serve the role of a server."""
         self._standing = standing
-        self._access = access
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return the method table."""
@@ -69,12 +69,12 @@ class ReplicationService:
 
     def follow(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Send records to a standby, and hear its acknowledgements."""
-        self._require_all_tenants(context)
-        primary, upkeep = self._standing.following()
         first = next(messages, None)
         if first is None:
             raise InvalidRequestError.of("open", "the stream brought no message", reason=Reason.INVALID_FRAME)
-        opened = primary.join(decode_joining(read_message(pb.FollowRequest, first)))
+        joining = decode_joining(read_message(pb.FollowRequest, first))
+        primary, upkeep = self._standing.following(joining.shard)
+        opened = primary.join(joining)
         reader = opened.reader
         context.add_callback(lambda: primary.left(reader))
         hearing = threading.Thread(
@@ -93,32 +93,16 @@ class ReplicationService:
 
     def promote(self, request: pb.PromoteRequest, context: grpc.ServicerContext) -> Any:
         """Make this standby the primary."""
-        self._require_all_tenants(context)
         epoch, sessions = self._standing.promote(lossy=request.lossy)
         return pb.PromoteResponse(epoch=epoch, sessions=sessions)
 
     def forget_standby(self, request: pb.ForgetStandbyRequest, context: grpc.ServicerContext) -> Any:
         """Accept another standby in the place of the one that is known."""
-        self._require_all_tenants(context)
         return pb.ForgetStandbyResponse(standby_id=self._standing.following()[0].forget_standby())
 
     def get_replication(self, request: pb.GetReplicationRequest, context: grpc.ServicerContext) -> Any:
         """Tell how replication stands."""
         return encode_status(self._standing.status())
-
-    def _require_all_tenants(self, context: grpc.ServicerContext) -> None:
-        """Refuse a caller of one tenant: a standby has the sessions of all.
-
-        Raises:
-            PermissionDeniedError: the caller is one tenant's.
-        """
-        identity = identity_of(context, self._access)
-        if identity.tenant:
-            raise PermissionDeniedError(
-                f"the token {identity.name!r} is of the tenant {identity.tenant!r}, and a standby has the sessions of "
-                "all; use a token without a tenant",
-                metadata={"role": identity.role},
-            )
 
 
 def _hear(primary: Primary, upkeep: Upkeep, reader: int, messages: Iterator[bytes]) -> None:

@@ -27,6 +27,7 @@ from stepwire_server.rpc.encode import encode_device, encode_parked, encode_sess
 from stepwire_server.rpc.end_call import end_call
 from stepwire_server.rpc.features import SERVED_FEATURES
 from stepwire_server.rpc.method import unary
+from stepwire_server.rpc.move_service import MoveService
 from stepwire_server.rpc.packet_steps import PacketSteps, end_together
 from stepwire_server.rpc.serving import Serving
 from stepwire_server.rpc.statistics_service import StatisticsService
@@ -90,6 +91,7 @@ class OptimizerService:
                     self.load, response_serializer=pb.LoadResponse.SerializeToString
                 ),
                 **CheckpointService(self._registry, self._serving, self._config, self._sessions).handlers(),
+                **MoveService(self._registry, self._serving, self._config, self._sessions).handlers(),
                 **StatisticsService(self._registry, self._serving, self._tenant).handlers(),
             },
         )
@@ -104,13 +106,13 @@ class OptimizerService:
 
     def get_server_info(self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext) -> Any:
         """Tell what this server is and can do."""
-        config = self._config
+        config, sessions = self._config, self._sessions(context)
         return pb.GetServerInfoResponse(
             version=__version__,
             protocol_min=PROTOCOL_MIN,
             protocol_max=PROTOCOL_MAX,
             instance_id=self._instance_id,
-            devices=map(encode_device, self._registry.pool),
+            devices=[encode_device(device, sessions.reserved_bytes(device)) for device in self._registry.pool],
             limits=server_pb2.Limits(
                 max_sessions=config.max_sessions,
                 max_tensors=config.max_tensors,
@@ -121,10 +123,12 @@ class OptimizerService:
                 step_idle=duration_to_wire(config.step_idle_seconds),
             ),
             features=[name for name in SERVED_FEATURES if name not in self._features_off],
-            sessions=self._sessions(context).count(),
+            sessions=sessions.statistics().sessions,
             draining=self._serving.drain.started,
             local=self._local,
             not_serving=self._serving.not_serving(),
+            shard=config.shard,
+            epoch=self._registry.epoch,
         )
 
     def create_session(self, request: pb.CreateSessionRequest, context: grpc.ServicerContext) -> Any:
@@ -172,7 +176,7 @@ class OptimizerService:
 
     def attach(self, messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         """Attach a client and take its steps."""
-        with self._registry.stream(context.cancel) as stream:
+        with self._registry.streams.stream(context.cancel) as stream:
             stream.refuse = functools.partial(end_call, context)
             context.add_callback(stream.left)
             stream.check = functools.partial(self._access.check, caller_of(context, self._access))
@@ -184,7 +188,7 @@ class OptimizerService:
             stream.is_open, stream.in_step = True, False
             session = self._sessions(context).get(opening.session_id)
             worker = None if opening.any_worker else opening.worker
-            self._registry.require_room(stream, session, worker)
+            self._registry.streams.admit(stream, session.tenant, returns=worker in session.ledger.members.attached)
             with (
                 session.attached(stream, opening.attach_token, opening.epoch, opening.durable_step, worker) as holder,
                 self._sharing.share(session, opening.transport, token_of(context, self._access)) as shared,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Final
 
 import grpc
 import structlog
 
 from stepwire.v1 import transport_pb2
+from stepwire_server.observability.bounded_lines import BoundedLines
 from stepwire_server.sessions.beginning import Created
 from stepwire_server.sessions.session import Session
 from stepwire_server.sessions.workers import Holder
@@ -17,6 +19,8 @@ from stepwire_server.sharing.offer import StreamTransport
 __all__ = ["attached", "closed", "created", "transport_name"]
 
 _log = structlog.get_logger()
+_lines: Final = BoundedLines(lambda event, **values: _log.info(event, **values), a_second=50, at_once=10_000)
+"""The lines of sessions, bounded too: whoever may create one may do so thousands of times a second."""
 
 _NAMES = {
     transport_pb2.TRANSPORT_SHM: "shm",
@@ -30,7 +34,7 @@ def created(made: Created, context: grpc.ServicerContext) -> None:
     if made.replayed:
         return
     session = made.session
-    _log.info(
+    _lines.write(
         "session created",
         session_id=session.session_id,
         label=session.config.label,
@@ -44,7 +48,7 @@ def created(made: Created, context: grpc.ServicerContext) -> None:
 
 def closed(session_id: str, applied_step: int, context: grpc.ServicerContext) -> None:
     """Log a session that a client has closed."""
-    _log.info("session closed", session_id=session_id, step=applied_step, peer=context.peer())
+    _lines.write("session closed", session_id=session_id, step=applied_step, peer=context.peer())
 
 
 @contextlib.contextmanager
@@ -57,7 +61,7 @@ def attached(
     """
     peer = context.peer()
     reason = {"reason": shared.reason} if shared.reason else {}
-    _log.info(
+    _lines.write(
         "attached",
         session_id=session.session_id,
         worker=holder.worker,
@@ -70,7 +74,7 @@ def attached(
     try:
         yield
     finally:
-        _log.info(
+        _lines.write(
             "detached",
             session_id=session.session_id,
             worker=holder.worker,

@@ -17,6 +17,7 @@ from stepwire_server.records.session_snapshot import SessionSnapshot
 from stepwire_server.rpc.encode import encode_device, encode_result
 from stepwire_server.rpc.serving import Serving
 from stepwire_server.sessions.registry import Registry
+from stepwire_server.sessions.tenants import TenantSessions
 from stepwire_server.sessions.watching import Rates, snapshots
 
 __all__ = ["StatisticsService"]
@@ -53,7 +54,7 @@ class StatisticsService:
         seconds, left, rates = _interval(read_message(pb.GetStatisticsRequest, data)), threading.Event(), Rates()
         if not context.add_callback(left.set):
             return
-        with self._registry.streams.watcher(context.cancel):
+        with self._registry.streams.watcher(context.cancel, self._tenant(context)):
             while not left.is_set():
                 # The identity is asked for each time: a token may expire, or be revoked.
                 yield self._snapshot(self._tenant(context), rates).SerializeToString()
@@ -61,22 +62,27 @@ class StatisticsService:
 
     def _snapshot(self, tenant: str | None, rates: Rates) -> pb.GetStatisticsResponse:
         registry, first, now = self._registry, not rates.looked, self._registry.clock()
-        sessions, statistics = snapshots(registry, None), registry.statistics()
-        known = rates.look(sessions, now)
+        sessions, seen = snapshots(registry, tenant), TenantSessions(registry, tenant)
+        known, statistics = rates.look(sessions, now), seen.statistics()
         server = statistics_pb2.ServerLoad(
             sessions=statistics.sessions,
             parked=statistics.parked,
             streams=statistics.streams,
-            under_way=self._serving.drain.statistics().steps,
+            under_way=self._under_way(tenant),
             steps_per_second=None if first else sum(known.values()),
-            devices=map(encode_device, registry.pool),
+            devices=[encode_device(device, seen.reserved_bytes(device)) for device in registry.pool],
             draining=self._serving.drain.started,
             uptime=duration_to_wire(now - self._started),
         )
-        own = [session for session in sessions if tenant in (None, session.tenant)]
         return pb.GetStatisticsResponse(
-            server=server, sessions=[_progress(session, known.get(session.session_id)) for session in own]
+            server=server, sessions=[_progress(session, known.get(session.session_id)) for session in sessions]
         )
+
+    def _under_way(self, tenant: str | None) -> int:
+        """Count the steps under way; for one tenant those of its streams."""
+        if tenant is None:
+            return self._serving.drain.statistics().steps
+        return sum(stream.in_step for stream in self._registry.streams if stream.tenant == tenant)
 
 
 def _progress(session: SessionSnapshot, steps_per_second: float | None) -> statistics_pb2.SessionProgress:

@@ -36,7 +36,7 @@ class CallsUnderWay:
         """Start at 0; the beginning and the end of each call is a use."""
         self._last_use = last_use
         self._count = 0
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # the collector may end a call in the middle of another one
 
     def __len__(self) -> int:
         """Return the number of calls under way."""

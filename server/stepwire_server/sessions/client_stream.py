@@ -67,6 +67,10 @@ class ClientStream:
         seen = max(self.last_seen, self.seen_in_lane())
         return not self.is_open or self._waits and not self.in_step and now - seen > idle_seconds
 
+    def has_waited_since(self, before: float) -> bool:
+        """Tell whether the stream has waited for a message since before a clock reading."""
+        return self._waits and max(self.last_seen, self.seen_in_lane()) < before
+
     def received(self, messages: Iterator[_T]) -> Iterator[_T]:
         """Iterate over the messages of the client, until the stream is ended.
 

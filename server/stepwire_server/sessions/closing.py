@@ -15,7 +15,7 @@ class _Closable(Protocol):
 
 @contextlib.contextmanager
 def closed_on_failure(made: _Closable) -> Iterator[None]:
-    """Close a new session, or its state, if a block fails, so that nothing of it stays."""
+    """Close what was made, such as a new session, if a block fails, so that nothing of it stays."""
     try:
         yield
     except BaseException:

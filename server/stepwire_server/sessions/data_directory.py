@@ -191,7 +191,7 @@ class DataDirectory:
         session.progress.settle(mark)
         was_safe = session_id not in self._unsafe
         self._unsafe.add(session_id)  # the log has what its checkpoints lack
-        if not session.retire(*moment, mark.number, half=True):
+        if not session.passage.retire(*moment, mark.number, half=True):
             if was_safe:
                 self._unsafe.discard(session_id)
             return False

@@ -16,13 +16,15 @@ from stepwire_server.records.snapshot import Snapshot
 from stepwire_server.records.step_result import StepResult
 from stepwire_server.sessions.calls_under_way import CallsUnderWay, LastUse
 from stepwire_server.sessions.capture import Block, Capture
+from stepwire_server.sessions.incoming_state import IncomingState
 from stepwire_server.sessions.ledger import Ledger
 from stepwire_server.sessions.load import Load
 from stepwire_server.sessions.progress import Progress
-from stepwire_server.sessions.restoring import Restoring
+from stepwire_server.sessions.row_load import RowLoad
 from stepwire_server.sessions.row_numbers import row_blocks
 from stepwire_server.sessions.session_lock import SessionLock
 from stepwire_server.sessions.shadow import ProbedValues, read_probe, shadow_of
+from stepwire_server.sessions.staged_loads import check_loaded_rows, replace_rows, staged_load
 from stepwire_server.sessions.state import SessionState
 from stepwire_server.sessions.workers import Holder
 from stepwire_server.steps.overlap import unfinished
@@ -124,6 +126,24 @@ class StateExchange:
             self._check_unmoved(snapshot)
             self._state.arrays.read_rows(slot, table, rows, out).wait()
 
+    @contextlib.contextmanager
+    def row_ids(self, snapshot: Snapshot, tensor: int) -> Iterator[HostArray]:
+        """Hold the ids of a table's rows as of `snapshot` for a block, `(n,) int64`, rising.
+
+        Raises:
+            StateChangedError: a step or a load was committed since.
+            ResourceExhaustedError: no room just now.
+        """
+        with self._lock:
+            self._check_unmoved(snapshot)
+            ids = self._state.row_ids[tensor]
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(self.room(2 * 8 * ids.rows))
+                found, release = ids.held(), stack.pop_all()
+        with release:
+            found.sort()
+            yield found
+
     def _check_unmoved(self, snapshot: Snapshot) -> None:
         self._check_readable()
         now = (self._ledger.applied_step, self._ledger.applied_load)
@@ -208,22 +228,24 @@ class StateExchange:
         return following
 
     @contextlib.contextmanager
-    def loading(self, request: LoadRequest, holder: Holder) -> Iterator[Load | None]:
+    def loading(self, request: LoadRequest, holder: Holder) -> Iterator[Load | RowLoad | None]:
         """Admit a load and stage it for a block; yields None for a replay of the last.
 
         While it is on its way, the session's lease does not run.
 
         Raises:
             StepwireError: as `Ledger.admit_load`.
+            SessionNotReadyError: rows come before the whole parameters.
             ResourceExhaustedError: it does not fit beside the state.
         """
         with self.loads.one():
             if not self.follows(request, holder):
                 yield None
                 return
-            entry = self._progress.begin(at_once=True)
-            everything = self._state.config.everything
-            with Load(request, holder, self._state.stage_load(request.slots), everything, entry) as load:
+            if request.by_rows:
+                with self._lock:
+                    self._ledger.check_usable()
+            with staged_load(self._state, request, holder, self._progress) as load:
                 yield load
 
     @contextlib.contextmanager
@@ -299,25 +321,25 @@ class StateExchange:
 
         Raises:
             DataLossError: the checkpoint is damaged.
-            ResourceExhaustedError: as `restoring`.
+            ResourceExhaustedError: as `incoming`.
         """
-        with self.restoring() as restoring:
-            restoring.read(read)
-            self.restored(restoring, captured)
+        with self.incoming() as incoming:
+            incoming.read(read)
+            self.restored(incoming, captured)
 
-    def restoring(self) -> Restoring:
+    def incoming(self) -> IncomingState:
         """Begin to bring in the arrays of another moment; a context manager.
 
         Raises:
             ResourceExhaustedError: as `SessionState.stage_load`.
         """
-        return Restoring(self._state)
+        return IncomingState(self._state)
 
-    def restored(self, restoring: Restoring, captured: Captured) -> None:
+    def restored(self, incoming: IncomingState, captured: Captured) -> None:
         """Complete a moment whose arrays are there, with its numbers."""
         numbers = captured.numbers
         with self._lock:
-            restoring.finish(numbers, captured.sum_bound)
+            incoming.finish(numbers, captured.sum_bound)
             self._ledger.restore(numbers.step, numbers.load, ready=captured.ready, last_result=captured.last_result)
             if captured.members:
                 self._ledger.members.restore(captured.members, self._ledger.epoch)
@@ -336,11 +358,12 @@ class StateExchange:
                 probed = read_probe(state.config, state.read)
         return shadow_of(state.config, state.device, numbers, probed)
 
-    def commit_load(self, load: Load) -> bool:
+    def commit_load(self, load: Load | RowLoad) -> bool:
         """Put staged slots in the place of the present ones; False if it had been committed before.
 
         Raises:
             StepwireError: as `loading`; the state is as before.
+            ResourceExhaustedError: a table has no room for new ids; the state is as before.
             DataLossError: DURABILITY_FAILED; the load may be lost with the server.
         """
         request = load.request
@@ -352,13 +375,18 @@ class StateExchange:
         self._progress.settle_load(mark)
         return following
 
-    def _commit_load(self, load: Load) -> None:
+    def _commit_load(self, load: Load | RowLoad) -> None:
         request, state = load.request, self._state
         half = state.unfinished
         if half is not None and (request.step is None or set(request.slots) != set(state.config.visible_slots)):
             raise unfinished(half.number, "finish it")
+        if isinstance(load, RowLoad):
+            check_loaded_rows(state, load.tables)
         with self._ledger.changing("load", request.load):
-            state.adopt(load.staged, request, first=not self._ledger.ready)
+            if isinstance(load, RowLoad):
+                replace_rows(state, load.tables)
+            else:
+                state.adopt(load.staged, request, first=not self._ledger.ready)
             self._ledger.commit_load(request)
         self._loaded()
         self._progress.load_committed(load.entry, request, load.holder)

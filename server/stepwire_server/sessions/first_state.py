@@ -9,6 +9,7 @@ import numpy as np
 from stepwire.optimizers import Adagrad
 from stepwire_server.engines.protocol import PARAM, EngineState
 from stepwire_server.records.session_config import SessionConfig
+from stepwire_server.rules import AVERAGE
 from stepwire_server.rules.first_values import uniform
 from stepwire_server.steps.reply import split_range
 from stepwire_server.steps.row_ids import RowIds
@@ -30,7 +31,8 @@ def initialize(config: SessionConfig, arrays: EngineState) -> None:
         if table.spec.uniform_bound and not table.spec.hashed:
             for low, high in split_range(table.offset, table.end, _WRITE_ELEMENTS):
                 numbers = uniform(low - table.offset, high - low, table.spec.uniform_bound, table.spec.seed)
-                arrays.write(PARAM, low, numbers)
+                for slot in (PARAM, AVERAGE) if AVERAGE in config.slots else (PARAM,):
+                    arrays.write(slot, low, numbers)
 
 
 def first_ids(config: SessionConfig) -> dict[int, RowIds]:

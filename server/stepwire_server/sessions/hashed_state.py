@@ -10,10 +10,10 @@ import numpy as np
 from stepwire_server.devices.fair_share import Flow
 from stepwire_server.devices.fair_state import FairState
 from stepwire_server.engines.payloads import convert
-from stepwire_server.engines.protocol import Done, EngineState, Gradient, HostArray, Pending, RowPass, Table
+from stepwire_server.engines.protocol import PARAM, Done, EngineState, Gradient, HostArray, Pending, RowPass, Table
 from stepwire_server.steps.row_ids import RowIds
 
-__all__ = ["HashedState", "make_rows"]
+__all__ = ["HashedState", "make_rows", "write_rows"]
 
 _WRITE_ELEMENTS: Final = 1 << 20
 
@@ -67,6 +67,14 @@ def make_rows(arrays: EngineState, slots: Sequence[str], table: Table, ids: RowI
             start, own = table.start + int(rows[0]) * table.width, ids.ids[rows]
             for slot in slots:
                 arrays.write(slot, start, ids.first_values(slot, own).reshape(-1))
+
+
+def write_rows(arrays: EngineState, table: Table, places: HostArray, values: HostArray) -> None:
+    """Write the parameters of some rows, `(n, width) float32`, by their places in any order."""
+    order = np.argsort(places)
+    for low, high in _runs_of(places[order]):
+        run = order[low:high]
+        arrays.write(PARAM, table.start + int(places[run[0]]) * table.width, values[run].reshape(-1))
 
 
 def _runs_of(places: HostArray) -> list[tuple[int, int]]:

@@ -25,9 +25,12 @@ from stepwire_server.sessions.state import SessionState
 from stepwire_server.steps.tensor_steps import CountedSegment
 from stepwire_server.steps.update import effective_groups, passes
 
-__all__ = ["LaneBatch", "lane_batch", "may_have_lane"]
+__all__ = ["MOST_STEPS", "LaneBatch", "lane_batch", "may_have_lane", "steps_ahead"]
 
-_MOST_STEPS: Final = 128
+MOST_STEPS: Final = 128
+"""The steps that are computed ahead at most."""
+
+_LEAST_STEPS: Final = 8
 _MOST_MEASURED: Final = 2
 """The segments whose sums of telemetry have one rounding, in whatever order they are added."""
 
@@ -70,13 +73,27 @@ def may_have_lane(config: SessionConfig) -> bool:
     return plain and not several and not scaled and all(map(suits, map(config.recipe, config.groups)))
 
 
-def lane_batch(config: SessionConfig, state: SessionState, request: StepRequest) -> LaneBatch | None:
+def steps_ahead(asked: int, computed: int, made: int) -> int:
+    """Return the number of steps to compute ahead after a grant, which has computed those in vain that were not made.
+
+    Args:
+        asked: the number before.
+        computed: the steps that were computed for the grant.
+        made: those of them that were made.
+    """
+    return min(2 * asked, MOST_STEPS) if made == computed else max(min(asked, 2 * made), _LEAST_STEPS)
+
+
+def lane_batch(
+    config: SessionConfig, state: SessionState, request: StepRequest, most: int = MOST_STEPS
+) -> LaneBatch | None:
     """Compute the next steps ahead; None where their settings, or the state, are not of the common case.
 
     Args:
         config: one that `may_have_lane`.
         state: the session's state, which no step is half applied to.
         request: a step as it is asked for; its number is that of the first step.
+        most: the most steps.
     """
     recipes = {config.recipe(hyper) for hyper in request.groups}
     unshared = state.arrays.unshared if isinstance(state.arrays, FairState) else state.arrays
@@ -89,7 +106,7 @@ def lane_batch(config: SessionConfig, state: SessionState, request: StepRequest)
     if not _are_plain(config, request, segments, updated):
         return None
     groups, rows = [], []
-    for ahead in range(_same_width(request.step, *(t + 1 for t in updated))):
+    for ahead in range(min(most, _same_width(request.step, *(t + 1 for t in updated)))):
         try:
             groups.append(effective_groups(config, request, [t + ahead for t in updated]))
         except StepwireError:  # a learning rate out of range, which its own step is refused for
@@ -126,13 +143,13 @@ def _are_plain(
     for segment in segments:
         moved[segment.group] = max(moved[segment.group], segment.t)
     counts = moved == [t + 1 for t in updated]
-    whole = not request.reply or (
-        request.reply_elements >= size and sum(each.end - each.start for each in segments) == size
-    )
+    stepped = sum(each.end - each.start for each in segments)
+    all_stepped = stepped == sum(each.count for each in config.layout.tensors)  # padding is none of them
+    whole = not request.reply or (request.reply_elements >= size and all_stepped)
     ranges = len(config.active.segments) + -(-size // GRAIN)
     return counts and whole and ranges <= _MOST_SUMMED and (len(segments) <= _MOST_MEASURED or not config.measures)
 
 
 def _same_width(*numbers: int) -> int:
-    """Return the steps, at most `_MOST_STEPS`, until one of these numbers has more digits of 7 bits."""
-    return min(_MOST_STEPS, *((1 << 7 * max(-(-number.bit_length() // 7), 1)) - number for number in numbers))
+    """Return the steps until one of these numbers has more digits of 7 bits."""
+    return min((1 << 7 * max(-(-number.bit_length() // 7), 1)) - number for number in numbers)

@@ -21,7 +21,7 @@ from stepwire_server.records.step_result import GroupResult, StepResult, StepTim
 from stepwire_server.rules import Recipe
 from stepwire_server.sessions.calls_under_way import LastUse
 from stepwire_server.sessions.contributions import Parts
-from stepwire_server.sessions.lane_batch import LaneBatch, lane_batch, may_have_lane
+from stepwire_server.sessions.lane_batch import MOST_STEPS, LaneBatch, lane_batch, may_have_lane, steps_ahead
 from stepwire_server.sessions.workers import Holder
 
 __all__ = ["LaneSteps", "SteppedLane"]
@@ -81,6 +81,7 @@ class LaneSteps:
         self._loops = engine.lanes if isinstance(engine, CpuEngine) and may_have_lane(parts.config) else None
         self.possible = self._loops is not None
         self._awaited: tuple[StepRequest, _Kind] | None = None
+        self._ahead = MOST_STEPS
 
     def grant(self, holder: Holder, request: StepRequest, lane: SteppedLane) -> bool:
         """Leave the next steps to a lane, until the session's lock is acquired or the lane is at its end.
@@ -101,7 +102,9 @@ class LaneSteps:
             request = request.numbered(parts.ledger.applied_step + 1)
             if self._loops is None or not self.possible or not self._admits(request, holder):
                 return False
-            if self._awaits(request, lane) or (batch := lane_batch(parts.config, parts.state, request)) is None:
+            if self._awaits(request, lane):
+                return False
+            if (batch := lane_batch(parts.config, parts.state, request, self._ahead)) is None:
                 return False
             kind = batch.recipe, request.gradient_dtype, request.reply_dtype if request.reply else None
             loop = self._loops.loop(*kind, make=lane.may_compile)
@@ -129,10 +132,15 @@ class LaneSteps:
         """End the grant, if there is one, and count the steps that were made."""
         self.parts.lock.settle()
 
+    def learn(self, computed: int, made: int) -> None:
+        """Note the steps that were computed for a grant, and those that were made; see `steps_ahead`."""
+        self._ahead = steps_ahead(self._ahead, computed, made)
+
     def _admits(self, request: StepRequest, holder: Holder) -> bool:
         """Tell whether the session would admit the next step under this hold."""
         ledger = self.parts.ledger
-        usable = ledger.ready and not (ledger.closed or ledger.damaged) and ledger.worker.holder is holder
+        usable = ledger.ready and not (ledger.closed or ledger.damaged or ledger.freeze)
+        usable = usable and ledger.worker.holder is holder
         return usable and request.epoch == ledger.epoch and request.load in (None, ledger.applied_load)
 
 
@@ -183,9 +191,11 @@ class _Grant:
         parts, done = self._steps.parts, int(self._seat.row[word.ROW])
         for index in range(done):
             request, result = self._batch.request.numbered(self._batch.request.step + index), self.result(index)
-            parts.state.tensor_steps.advance(parts.config.active, self._batch.groups[index])
-            parts.commits.note_of_lane(request, self._holder, result)
-            self._lane.settled(request, result, self._records[index])
+            with parts.ledger.changing("step", request.step):  # the arrays have it, and those behind it
+                parts.state.tensor_steps.advance(parts.config.active, self._batch.groups[index])
+                parts.commits.note_of_lane(request, self._holder, result)
+                self._lane.settled(request, result, self._records[index])
+        self._steps.learn(len(self._batch.groups), done)
         if done:
             parts.state.flow.count(float(self._records[:done, word.APPLY].sum()))
             self._steps.last_use.note()

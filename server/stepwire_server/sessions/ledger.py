@@ -22,6 +22,7 @@ from stepwire_server.engines.protocol import PARAM
 from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.step_result import StepResult
+from stepwire_server.sessions.freeze import Freeze
 from stepwire_server.sessions.members import Members
 from stepwire_server.sessions.workers import Worker
 from stepwire_server.steps.step import Hold
@@ -45,7 +46,8 @@ class Ledger:
         last_result: the last step's result; None where a load has set the step since.
         ready: parameters have been loaded or were initialised.
         closed: the session has ended, in this object at least.
-        parked: the session lives on, on disk.
+        parked: the session lives on, on disk or elsewhere.
+        freeze: the rest of the session for a move; None for none.
     """
 
     def __init__(self, session_id: str, *, epoch: int, ready: bool, workers: int = 1) -> None:
@@ -59,6 +61,7 @@ class Ledger:
         self.last_result: StepResult | None = None
         self.ready = ready
         self.closed = self.parked = False
+        self.freeze: Freeze | None = None
         self._replied: int | None = None
         self._damage: str | None = None
         self._loss: DataLossError | None = None
@@ -83,7 +86,7 @@ class Ledger:
 
         Raises:
             FencedError: the holder or the epoch is not the newest.
-            UnavailableError: a newer stream of the same client holds the worker.
+            UnavailableError: a newer stream of the same client holds the worker, or the session is frozen.
             SessionNotFoundError: the session has ended.
             DataLossError: the state is damaged.
             SessionNotReadyError: parameters have not been loaded.
@@ -92,6 +95,8 @@ class Ledger:
         """
         self.check_step(request, holder)
         if request.step == self.applied_step + 1:
+            if self.freeze is not None:
+                self.freeze.check_step(request.step)
             return True
         if request.step == self.applied_step and self.last_result is not None:
             return False
@@ -126,6 +131,8 @@ class Ledger:
             return False
         if request.load != self.applied_load + 1:
             raise _mismatch("load", expected=self.applied_load + 1, actual=request.load)
+        if self.freeze is not None:
+            self.freeze.check_load(request.load)
         if request.step is not None and request.step < self.applied_step:
             raise StepMismatchError(
                 f"open.step is {request.step} and the session is at step {self.applied_step}; step numbers never go "

@@ -7,7 +7,7 @@ from operator import attrgetter
 from types import TracebackType
 from typing import Final
 
-from stepwire.errors import InvalidRequestError
+from stepwire.errors import InvalidRequestError, Reason
 from stepwire_server.durability.session_log import EntryLog
 from stepwire_server.engines.protocol import HostArray
 from stepwire_server.records.load_request import LoadRequest
@@ -66,6 +66,18 @@ class Load:
                 return
             low, high = max(start, offset), min(end, offset + count)
             self.staged.arrays.write(slot, low, values[low - offset : high - offset])
+
+    def add_rows(self, offset: int, count: int, rows: HostArray, payload: HostArray) -> None:
+        """Refuse rows.
+
+        Raises:
+            InvalidRequestError: always.
+        """
+        raise InvalidRequestError.of(
+            "chunk.rows",
+            "the load brings whole slots; leave the rows out, or announce rows in `open.tables`",
+            reason=Reason.INVALID_FRAME,
+        )
 
     def complete(self) -> None:
         """Check that every slot has arrived.

@@ -7,12 +7,14 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from stepwire.errors import StepwireError
+from stepwire_server.devices.pool import DevicePool
 from stepwire_server.observability.digests import digest_in_logs
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.sessions.data_directory import DataDirectory
 from stepwire_server.sessions.session import Session
+from stepwire_server.sessions.session_kernels import compile_kernels
 
-__all__ = ["ParkedSession", "durable_steps", "parked_session", "with_parked"]
+__all__ = ["ParkedSession", "compile_ahead", "durable_steps", "parked_session", "with_parked"]
 
 
 class ParkedSession(NamedTuple):
@@ -63,6 +65,15 @@ def parked_session(directory: DataDirectory, session_id: str) -> ParkedSession:
             manifest.ready,
             archived.create_time,
         )
+
+
+def compile_ahead(directory: DataDirectory, session_id: str, pool: DevicePool, tenant: str) -> None:
+    """Compile the kernels of a parked session before it comes back; of a problem its return tells."""
+    with contextlib.suppress(StepwireError, OSError):
+        config = directory.codec.decode_config(directory.archived(session_id).config)
+        device, numbers = pool.choose_like(config.device), (config.groups, config.gradient_dtype, config.reply_dtype)
+        with device.kernels.asked_by(tenant):
+            compile_kernels(device.engine, config, *numbers, rows=bool(config.tables))
 
 
 def with_parked(

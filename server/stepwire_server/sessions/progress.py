@@ -139,6 +139,8 @@ class Progress:
             loss_scale=None if scale is None else (scale.scale, scale.clean_steps),
             sum_bound=request.sum_bound,
             worker=holder.worker,
+            by_rows=request.by_rows,
+            tables=request.tables,
         )
         self.last = Mark(entry.commit(message), self._ledger.applied_step)
 
@@ -180,7 +182,7 @@ class Progress:
         if self._log is None:
             return
         self._log.wait(mark.number)
-        if self._journals and self._log.keeps:
+        if self._journals and self._log.keeps(mark.number):
             self._durable(mark.step)
 
     def settle_step(self, step: Step, mark: Mark) -> None:

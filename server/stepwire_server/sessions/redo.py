@@ -274,13 +274,18 @@ def _redo_load(session: Session, entry: LoadEntry, chunks: _Chunks) -> None:
         tensor_scalars=entry.tensor_scalars,
         loss_scale=None if entry.loss_scale is None else LossScale(*entry.loss_scale),
         sum_bound=entry.sum_bound,
+        by_rows=entry.by_rows,
+        tables=entry.tables,
     )
     holder = session.ledger.members[entry.worker].worker.holder
     with contextlib.ExitStack() as stack:
         load = stack.enter_context(session.exchange.loading(request, holder))
         assert load is not None
         for chunk in chunks.of(entry.attempt):
-            load.add(entry.slots[chunk.slot], chunk.offset, chunk.elements, chunk.payload)
+            if entry.by_rows:
+                load.add_rows(chunk.offset, chunk.elements, *logged_rows(chunk.payload, chunk.slot))
+            else:
+                load.add(entry.slots[chunk.slot], chunk.offset, chunk.elements, chunk.payload)
         load.complete()
         session.exchange.commit_load(load)
 

@@ -13,25 +13,25 @@ import structlog
 
 from stepwire.errors import DataLossError, ResourceExhaustedError, StepwireError
 from stepwire_server.devices.pool import Device, DevicePool
+from stepwire_server.durability.moved import MovedSessions
 from stepwire_server.records.committed import CommitSink
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.session_statistics import RegistryStatistics
 from stepwire_server.sessions.beginning import Beginning, Created
 from stepwire_server.sessions.checkpointing import Saved
-from stepwire_server.sessions.client_stream import ClientStream
 from stepwire_server.sessions.closing import closed_on_failure
 from stepwire_server.sessions.data_directory import DataDirectory
 from stepwire_server.sessions.idle import least_recently_used, with_idle_sessions
 from stepwire_server.sessions.keeping import Replicas, keep, replicate
 from stepwire_server.sessions.ledger import session_not_found
 from stepwire_server.sessions.one_at_a_time import OneAtATime
-from stepwire_server.sessions.parked import ParkedSession, with_parked
+from stepwire_server.sessions.parked import ParkedSession, compile_ahead, with_parked
 from stepwire_server.sessions.refusals import another_config, too_many_sessions
 from stepwire_server.sessions.registry_limits import RegistryLimits
 from stepwire_server.sessions.session import Session
 from stepwire_server.sessions.step_rate import StepRates
 from stepwire_server.sessions.streams import Streams
-from stepwire_server.sessions.tenants import tenant_of, tenants_of
+from stepwire_server.sessions.tenants import tenant_of
 from stepwire_server.sessions.workers import FIRST_GENERATION
 
 __all__ = ["Registry", "RegistryStatistics"]
@@ -47,9 +47,10 @@ class Registry:
         clock: returns seconds.
         directory: the sessions on disk; None where all are in memory alone.
         replicas: the sessions that a standby has too; None where no server follows this one.
-        epoch: the epoch of sessions in memory.
+        epoch: the epoch of sessions.
         streams: the attached streams.
         limits: the limits of the server and of each tenant.
+        moved: the sessions that live on elsewhere.
     """
 
     def __init__(
@@ -63,8 +64,7 @@ class Registry:
         self.directory: DataDirectory | None = None
         self.replicas: Replicas | None = None
         self.epoch = 1
-        self.pool = pool
-        self.clock = clock
+        self.pool, self.clock = pool, clock
         self._sinks = tuple(sinks)
         self.limits = limits
         self._rates = StepRates(limits.tenant.steps_per_second)
@@ -75,6 +75,8 @@ class Registry:
         self._by_request: dict[str, Session] = {}
         self.streams = Streams(limits, clock)
         self._parked: dict[str, str] = {}
+        self.moved = MovedSessions()
+        self._tenants: dict[str, str] = {}  # of sessions in memory and of parked ones
 
     def recover(self, directory: DataDirectory) -> None:
         """Bring the sessions of a data directory back, and keep durable ones there from now on.
@@ -83,12 +85,13 @@ class Registry:
             DataLossError: the log of the data directory is damaged, or cannot be read.
             OSError: the disk failed.
         """
-        self.directory = directory
+        self.directory, self.epoch, self.moved = directory, directory.epoch, directory.own.moved
         for device in self.pool:
             device.budget.on_shortage(functools.partial(self._parked_one, device))
         for archived, session in directory.recover(self.remade):
-            self._publish(archived.request_id, session)
+            self.publish(archived.request_id, session)
         self._parked = {each.request_id: each.session_id for each in directory.parked()}
+        self._tenants |= {session_id: tenant_of(name) for name, session_id in self._parked.items()}
 
     def create(self, request_id: str, config: SessionConfig, beginning: Beginning | None = None) -> Created:
         """Create a session, or return the one that this request created before.
@@ -104,14 +107,13 @@ class Registry:
             ResourceExhaustedError: too many sessions, or no memory for this one.
             StepwireError: as `beginning.bring`.
         """
-        # One creation of a tenant at a time: a repeated request that overtakes the first would otherwise make two, and
-        # many at once would be beyond the tenant's limits together. Tables, kernels and states of others take a while,
-        # so making is outside of the lock that creations of others and sessions that come back need.
+        # One creation of a tenant at a time: a repeated request would otherwise make two, and many would be beyond its
+        # limits together. Making takes a while, so it is outside of the lock that others need.
         tenant, session_id = tenant_of(request_id), secrets.token_hex(16)
         with self._creators.of(tenant), contextlib.ExitStack() as place:
+            if (known := self.created(request_id, config)) is not None:
+                return known
             with self._creation:
-                if (known := self.created(request_id, config)) is not None:
-                    return known
                 if len(self._sessions.keys() | self._making) >= self.limits.sessions and not self._parked_one():
                     raise too_many_sessions(self.limits.sessions, self.of(tenant), self.clock())
                 device = self.pool.choose(config.device)
@@ -127,7 +129,7 @@ class Registry:
             replicate(session, request_id, beginning, self.replicas)  # may wait for the standby, so others need not
             with self._creation:
                 keep(session, request_id, beginning, self.directory)
-                self._publish(request_id, session)
+                self.publish(request_id, session)
             return Created(session, token, replayed=False)
 
     def created(self, request_id: str, config: SessionConfig | None = None) -> Created | None:
@@ -135,9 +137,11 @@ class Registry:
 
         Raises:
             InvalidRequestError: it has another config than `config`.
-            StepwireError: as `get`, if it is parked.
+            StepwireError: as `get`, if it is parked, or lives on elsewhere.
         """
+        self._compile_ahead(self._parked.get(request_id))
         with self._creation:
+            self.moved.check_request(request_id)
             known = self._by_request.get(request_id)
             if known is None and request_id in self._parked:
                 known = self._revived(self._parked[request_id])
@@ -148,13 +152,16 @@ class Registry:
             return Created(known, known.ledger.members.tokens.token(0, FIRST_GENERATION), replayed=True)
 
     def get(self, session_id: str) -> Session:
-        """Find a session.
+        """Find a session; an id that nobody has is refused at once, whatever others create meanwhile.
 
         Raises:
-            SessionNotFoundError: it does not exist, or its lease has run out.
+            SessionNotFoundError, SessionMovedError: it does not exist, its lease has run out; it lives on elsewhere.
         """
         session = self._sessions.get(session_id)
-        if self.directory is not None and (session is None or session.ledger.closed):
+        if session is None or session.ledger.closed:
+            self.moved.check(session_id)
+        if self.directory is not None and (session is None or session.ledger.closed) and self.directory.has(session_id):
+            self._compile_ahead(session_id)
             with self._creation:
                 session = self._sessions.get(session_id) or self._revived(session_id)
         if session is None or self._is_over(session):
@@ -167,25 +174,28 @@ class Registry:
 
     def tenant_of(self, session_id: str) -> str | None:
         """Return the tenant of a session; None for an unknown one."""
-        session = self._sessions.get(session_id)
-        return tenants_of({}, self._parked).get(session_id) if session is None else session.tenant
+        if (moved := self.moved.get(session_id)) is not None:
+            return tenant_of(moved.request_id)
+        return self._tenants.get(session_id)
 
     def ids_of(self, tenant: str) -> list[str]:
         """Return the ids of a tenant's sessions, of parked ones too."""
         with self._lock:
-            return [each for each, owner in tenants_of(self._sessions, self._parked).items() if owner == tenant]
+            return [each for each, owner in self._tenants.items() if owner == tenant]
 
     def page(self, after: str, size: int, tenant: str | None = None) -> tuple[list[Session | ParkedSession], str]:
         """Return sessions of a tenant ordered by id, and the token of the next page, empty on the last; None: all."""
         with self._lock:
-            present, tenants = dict(self._sessions), tenants_of(self._sessions, self._parked)
+            present, tenants = dict(self._sessions), dict(self._tenants)
         ids = sorted(session_id for session_id, owner in tenants.items() if tenant in (None, owner))
         first = bisect_right(ids, after)
         chosen = ids[first : first + size]
         return with_parked(self.directory, chosen, present), chosen[-1] if first + size < len(ids) else ""
 
-    def delete(self, session_id: str, token: int = 0) -> int:
+    def delete(self, session_id: str, token: int = 0, leave: Callable[[Session], object] | None = None) -> int:
         """End a session and free its memory; with a token, only if the client of the token still holds the worker.
+
+        With `leave` it lives on elsewhere: that keeps the record of its successor first, and ends it.
 
         Returns:
             The number of its last step; 0 for one that cannot be brought back from the disk.
@@ -194,48 +204,37 @@ class Registry:
             SessionNotFoundError: it does not exist.
             FencedError: another client holds the worker, or another server owns the data directory.
         """
+        self._compile_ahead(session_id)
         with self._creation:
-            session = self._to_delete(session_id, token)
+            session = self._to_delete(session_id, token, leave)
             if self.directory is not None and (session is None or session.durable):
                 self.directory.remove(session_id)
                 if session is not None:
                     self.directory.forget(session)
                 self._parked = {name: parked for name, parked in self._parked.items() if parked != session_id}
         if session is None:
+            self._tenants.pop(session_id, None)
             return 0
         self._gone([session])
         return session.ledger.applied_step
 
-    def _to_delete(self, session_id: str, token: int) -> Session | None:
+    def _to_delete(self, session_id: str, token: int, leave: Callable[[Session], object] | None) -> Session | None:
         """Return a session; None for one on disk that cannot be brought back, and that its caller deletes all the same.
 
         Raises:
-            StepwireError: as `get`, or the token is of a client that has lost the worker.
+            StepwireError: as `get` and `leave`, or the token is of a client that has lost the worker.
         """
         try:
             session = self.get(session_id)
         except (DataLossError, ResourceExhaustedError):
-            if token:  # nobody can tell whether it still holds the worker
+            if token or leave is not None:  # nobody can tell whether it still holds the worker
                 raise
             return None
         if token:
             session.ledger.worker.check_client(token)
+        if leave is not None:
+            leave(session)
         return session
-
-    def stream(self, cancel: Callable[[], object]) -> contextlib.AbstractContextManager[ClientStream]:
-        """Count a stream for a block; the sweep cancels it when it is silent where it must not be.
-
-        A full server admits a few more, for clients that come back after their connection broke without the server's
-        notice: see `require_room`.
-
-        Raises:
-            ResourceExhaustedError: the server has all the streams it takes.
-        """
-        return self.streams.stream(cancel)
-
-    def require_room(self, stream: ClientStream, session: Session, worker: int | None) -> None:
-        """Refuse a stream beyond a limit: see `Streams.admit`; the worker None is a vacant one."""
-        self.streams.admit(stream, session.tenant, returns=worker in session.ledger.members.attached)
 
     def sweep(self) -> list[str]:
         """End expired sessions and cancel silent streams and loads; returns the ended ids."""
@@ -264,7 +263,7 @@ class Registry:
                 return False
             whole = self._without_half(session)
             saved = None if whole is None else self._checkpointed(whole)
-            if whole is None or saved is None or not whole.retire(*saved):
+            if whole is None or saved is None or not whole.passage.retire(*saved):
                 return False
             self.directory.forget(whole)
             self._leave(whole)
@@ -332,10 +331,12 @@ class Registry:
         with self._lock:
             return list(self._sessions.values())
 
-    def _publish(self, request_id: str, session: Session) -> None:
+    def publish(self, request_id: str, session: Session) -> None:
+        """Serve a session from now on: a new one, one brought back, or one that has followed another server's."""
         with self._lock:
             session.give_to(tenant_of(request_id), self._rates.of(tenant_of(request_id), self.clock()))
-            self._sessions[session.session_id] = session
+            self._sessions[session.session_id], session.request_id = session, request_id
+            self._tenants[session.session_id] = session.tenant
             self._by_request[request_id] = session
 
     def _revived(self, session_id: str) -> Session:
@@ -348,17 +349,20 @@ class Registry:
         if not self.directory.has(session_id):
             raise session_not_found(session_id)
         if len(self._sessions) >= self.limits.sessions and not self._parked_one():
-            others = self.of(self.tenant_of(session_id) or "")
-            raise too_many_sessions(self.limits.sessions, others, self.clock())
+            raise too_many_sessions(self.limits.sessions, self.of(self.tenant_of(session_id) or ""), self.clock())
         archived, session = self.directory.revive(session_id, self.remade)
-        self._publish(archived.request_id, session)
+        self.publish(archived.request_id, session)
         _log.info("session revived", session_id=session_id, step=session.ledger.applied_step)
         return session
 
+    def _compile_ahead(self, session_id: str | None) -> None:
+        """Compile what a session on disk alone needs: others need the lock under which it comes back."""
+        if self.directory is not None and session_id is not None and session_id not in self._sessions:
+            compile_ahead(self.directory, session_id, self.pool, self.tenant_of(session_id) or "")
+
     def remade(self, session_id: str, config: SessionConfig) -> Session:
         """Make a session that the data directory has, on a device that this server has."""
-        device = self.pool.choose(config.device if config.device in [each.name for each in self.pool] else "")
-        return self._made(session_id, config, device, self.tenant_of(session_id) or "")
+        return self._made(session_id, config, self.pool.choose_like(config.device), self.tenant_of(session_id) or "")
 
     def _parked_one(self, device: Device | None = None) -> bool:
         """Make room: park the least recently used durable session, of a device. Return False if none is idle."""
@@ -371,21 +375,17 @@ class Registry:
         Raises:
             ResourceExhaustedError: it does not fit; the message names the idle sessions of the device.
         """
-        epoch = self.epoch if self.directory is None else self.directory.epoch
         try:
-            return Session(session_id, config, device, epoch=epoch, clock=self.clock, sinks=self._sinks)
+            return Session(session_id, config, device, epoch=self.epoch, clock=self.clock, sinks=self._sinks)
         except ResourceExhaustedError as error:
             beside = [session for session in self.of(tenant) if session.device == device.name]
             raise with_idle_sessions(error, beside, self.clock()) from None
-
-    def adopt(self, request_id: str, session: Session) -> None:
-        """Serve a session that has followed another server's until now."""
-        self._publish(request_id, session)
 
     def _gone(self, sessions: list[Session]) -> None:
         """End sessions for good, on the standby too."""
         self._end(sessions)
         for session in sessions:
+            self._tenants.pop(session.session_id, None)
             if self.replicas is not None:
                 self.replicas.remove(session.session_id)
 

@@ -26,9 +26,10 @@ from stepwire_server.sessions.commits import Commits
 from stepwire_server.sessions.contributions import Contributions, Parts
 from stepwire_server.sessions.exchange import StateExchange
 from stepwire_server.sessions.lane_steps import LaneSteps
-from stepwire_server.sessions.ledger import Ledger, session_not_found, session_parked
+from stepwire_server.sessions.ledger import Ledger, session_not_found
 from stepwire_server.sessions.memory import SessionMemory
 from stepwire_server.sessions.own_steps import OwnSteps
+from stepwire_server.sessions.passage import Passage
 from stepwire_server.sessions.progress import Progress
 from stepwire_server.sessions.session_lock import SessionLock
 from stepwire_server.sessions.several import contributions_of
@@ -54,6 +55,8 @@ class Session:
         progress: the way of its commits onto the disk.
         tenant: the tenant that it belongs to; empty for the only one.
         contributions: its door for several workers; None for one worker.
+        passage: its ends where it lives on: frozen for a move, or out of memory.
+        request_id: the qualified name of the request that created it; empty before it is there.
         calls: the steps in one call and the pulls that are under way.
         created: the clock reading of its creation.
         last_use: the clock reading of its last use.
@@ -83,7 +86,7 @@ class Session:
             ResourceExhaustedError: the state does not fit; nothing stays reserved.
         """
         self.config = config
-        self.tenant = ""
+        self.tenant = self.request_id = ""
         self._rate: StepRate | None = None
         workers = 1 if config.aggregation is None else config.aggregation.workers
         self._ledger = Ledger(session_id, epoch=epoch, ready=config.start_at_zero, workers=workers)
@@ -100,6 +103,7 @@ class Session:
             self.contributions = contributions_of(parts)
         self.lane_steps = LaneSteps(parts, self.last_use)
         self._own = OwnSteps(parts, self.last_use, self.exchange.step_over)
+        self.passage = Passage(parts, self.exchange, self.calls, self.contributions)
         self._steps: OwnSteps | Contributions = self.contributions or self._own
         if self.contributions is not None:
             self.exchange.on_load(self.contributions.loaded)
@@ -184,8 +188,7 @@ class Session:
 
     def idle_seconds(self, now: float) -> float | None:
         """Return the time since the last use, in seconds; None while a stream is attached or a call is under way."""
-        used = self._ledger.attached or self.exchange.loads or self.calls
-        return None if used else max(now - self.last_use.at, 0.0)
+        return None if self.passage.in_use else max(now - self.last_use.at, 0.0)
 
     def expired(self, now: float) -> bool:
         """Tell whether the session has been idle for longer than its lease."""
@@ -361,37 +364,10 @@ class Session:
 
     # --- end of life -------------------------------------------------------------------------------------
 
-    def retire(self, step: int, load: int, position: int, *, half: bool = False) -> bool:
-        """Leave memory, if the disk has the present moment, a `Saved`, and nobody uses the session.
-
-        With `half` a step is half applied, and is dropped with whoever is sending it.
-
-        Returns:
-            False if it is in use, or has moved on since; nothing has changed then.
-        """
-        with self._lock:
-            ledger = self.ledger
-            moved = (step, load) != (ledger.applied_step, ledger.applied_load) or self.progress.last.number > position
-            used = not half and (ledger.attached or self.exchange.loads or self.calls)
-            if moved or used or ledger.closed or (self._state.unfinished is not None) != half:
-                return False
-            ledger.closed = ledger.parked = True  # whoever has found it just now finds it again
-            ledger.members.end(session_parked(self.session_id))
-            self._release()
-            return True
-
     def close(self) -> None:
         """End the session after the commit under way and free its memory. Closing twice is harmless."""
         with self._lock:
             if not self.ledger.closed:
                 self.ledger.closed = True
                 self.ledger.members.end(session_not_found(self.session_id))
-                self._release()
-
-    def _release(self) -> None:
-        """Free the memory. Under the lock."""
-        try:
-            if self.contributions is not None:
-                self.contributions.close()
-        finally:
-            self._state.close()
+                self.passage.release()

@@ -28,12 +28,13 @@ from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.snapshot import Snapshot
 from stepwire_server.records.step_request import StepRequest
-from stepwire_server.rules import ACCUMULATED, AVERAGE, Precision, RowSemantics
+from stepwire_server.rules import ACCUMULATED, AVERAGE, Precision
 from stepwire_server.rules.loss_scale import LossScale, after_step
 from stepwire_server.sessions.capture import Capture
 from stepwire_server.sessions.first_state import first_ids, initialize
 from stepwire_server.sessions.hashed_state import HashedState, make_rows
 from stepwire_server.sessions.row_numbers import first_numbers, present_numbers
+from stepwire_server.sessions.session_kernels import compile_kernels
 from stepwire_server.steps.gradient import Room, StagedGradient
 from stepwire_server.steps.overlap import OverlappedStep
 from stepwire_server.steps.result import Effect
@@ -170,28 +171,8 @@ class SessionState:
             return
         tenant = self.flow.tenant
         with contextlib.nullcontext() if tenant is None else self.device.kernels.asked_by(tenant):
-            self._compile(groups, gradient, reply, rows=rows)
+            compile_kernels(self.device.engine, self.config, groups, gradient, reply, rows)
         self._prepared = (groups, gradient, reply, rows)
-
-    def _compile(
-        self,
-        groups: tuple[Hyperparameters, ...],
-        gradient: np.dtype[Any],
-        reply: np.dtype[Any] | None,
-        *,
-        rows: bool,
-    ) -> None:
-        for hyper, precisions in zip(groups, self.config.held_precisions, strict=True):
-            recipe = self.config.recipe(hyper)
-            for precision in precisions if recipe.rule.slots else (Precision.FLOAT32,):
-                self.device.engine.prepare(recipe.held(precision), gradient, reply)
-        for index, semantics in self.config.tables.items():
-            group = self.config.layout.tensors[index].spec.group
-            recipe = self.config.row_recipe(groups[group], semantics)
-            if semantics is RowSemantics.GLOBAL:
-                self.device.engine.prepare(recipe.in_float32, FLOAT32, None)
-            else:
-                self.device.engine.prepare_table(recipe, reply if rows else None)
 
     # --- steps -------------------------------------------------------------------------------------------
 

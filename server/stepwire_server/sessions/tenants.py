@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from stepwire_server.devices.pool import Device
 from stepwire_server.records.session_config import SessionConfig
+from stepwire_server.records.session_statistics import RegistryStatistics
 from stepwire_server.sessions.beginning import Beginning, Created
 from stepwire_server.sessions.disk_use import bytes_on_disk
 from stepwire_server.sessions.ledger import session_not_found
@@ -15,7 +17,7 @@ from stepwire_server.sessions.session import Session
 if TYPE_CHECKING:
     from stepwire_server.sessions.registry import Registry
 
-__all__ = ["TenantSessions", "own_request_id", "qualified", "tenant_of", "tenants_of"]
+__all__ = ["TenantSessions", "own_request_id", "qualified", "tenant_of"]
 
 _SEPARATOR = "/"
 """Between a tenant and the id of a request; neither may have it."""
@@ -31,17 +33,6 @@ def tenant_of(name: str) -> str:
     return name.rpartition(_SEPARATOR)[0]
 
 
-def tenants_of(present: Mapping[str, Session], parked: Mapping[str, str]) -> dict[str, str]:
-    """Return the tenant of each session, by its id.
-
-    Args:
-        present: the sessions in memory, by their ids.
-        parked: the ids of parked sessions, by the qualified names of their requests.
-    """
-    tenants = {session_id: tenant_of(name) for name, session_id in parked.items()}
-    return tenants | {session_id: session.tenant for session_id, session in present.items()}
-
-
 def own_request_id(name: str) -> str:
     """Return the id of a request, as its tenant gave it."""
     return name.rpartition(_SEPARATOR)[2]
@@ -55,9 +46,26 @@ class TenantSessions:
         self._registry = registry
         self._tenant = tenant
 
-    def count(self) -> int:
-        """Count the sessions in memory."""
-        return len(self._registry.of(self._tenant))
+    def statistics(self) -> RegistryStatistics:
+        """See `Registry.statistics`; of the bytes reserved, those of sessions alone."""
+        registry, tenant = self._registry, self._tenant
+        if tenant is None:
+            return registry.statistics()
+        present = registry.of(tenant)
+        return RegistryStatistics(
+            len(present),
+            sum(stream.tenant == tenant for stream in registry.streams),
+            sum(session.memory_bytes for session in present),
+            registry.pool.limit_bytes,
+            len(set(registry.ids_of(tenant)).difference(session.session_id for session in present)),
+        )
+
+    def reserved_bytes(self, device: Device) -> int:
+        """Count the bytes reserved on a device; for one tenant those of its sessions."""
+        if self._tenant is None:
+            return device.budget.reserved_bytes
+        own = self._registry.of(self._tenant)
+        return sum(session.memory_bytes for session in own if session.device == device.name)
 
     def check(self, session_id: str) -> str:
         """Return the id of a session that this tenant may name.

@@ -29,9 +29,11 @@ class Rates:
             sessions: the sessions now.
             now: the clock reading of this look, in seconds.
         """
-        before, self._steps = self._steps, {session.session_id: session.applied_step for session in sessions}
-        since, self._at = self._at, now
-        if since is None or now <= since:
+        before, since = self._steps, self._at
+        if since is not None and now <= since:  # the steps since then are of the next look
+            return {}
+        self._steps, self._at = {session.session_id: session.applied_step for session in sessions}, now
+        if since is None:
             return {}
         # A load may set the step of a session, which is no progress.
         return {

@@ -8,6 +8,7 @@ stays finite, because a micro-step that would make it NaN or Inf is refused.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -18,6 +19,7 @@ import numpy as np
 from stepwire.optimizers import Hyperparameters
 from stepwire_server.engines.protocol import EngineState, HostArray, Pending
 from stepwire_server.rules.exact_norm import exact_sum_of_squares
+from stepwire_server.steps.dense_rows import dense_ranges
 from stepwire_server.steps.gradient import ChunkRange, StagedGradient
 from stepwire_server.steps.update import gradient_factor
 
@@ -45,10 +47,9 @@ class AccumulatedSum:
             pending = arrays.sum_of_squares(*self._arguments(group, found))
             asked.append((group, found, pending))
         for group, found, pending in asked:
-            total = pending.wait()
-            self._sums[group].append(total)
-            if not math.isfinite(total):
-                self._locate_non_finite(group, found)
+            self._measured(group, found, pending.wait())
+        for group, found in self._table_ranges(range(len(groups))):  # a chunk is gone with the next one
+            self._measured(group, found, arrays.sum_of_squares(*self._arguments(group, found)).wait())
 
     def squared_norms(self) -> list[float]:
         """Return the sum of squares of each group, within `norms.RELATIVE_ERROR`."""
@@ -56,12 +57,23 @@ class AccumulatedSum:
 
     def exact_squared_norm(self, groups: Sequence[int]) -> Fraction:
         """Return the sum of squares of some groups exactly; slow and rarely needed."""
-        return exact_sum_of_squares(self._values(group, found) for group, found in self._ranges(groups))
+        ranges = itertools.chain(self._ranges(groups), self._table_ranges(groups))
+        return exact_sum_of_squares(self._values(group, found) for group, found in ranges)
 
     def _ranges(self, groups: Sequence[int]) -> Iterator[tuple[int, ChunkRange]]:
         for start, end, group in self._gradient.selection.segments:
             if group in groups:
                 yield from ((group, found) for found in self._gradient.ranges(start, end))
+
+    def _table_ranges(self, groups: Sequence[int]) -> Iterator[tuple[int, ChunkRange]]:
+        for table in () if self._gradient.rows is None else self._gradient.rows.tables():
+            if table.group in groups:
+                yield from ((table.group, found) for found in dense_ranges(table, self._arrays))
+
+    def _measured(self, group: int, found: ChunkRange, total: float) -> None:
+        self._sums[group].append(total)
+        if not math.isfinite(total):
+            self._locate_non_finite(group, found)
 
     def _arguments(self, group: int, found: ChunkRange) -> tuple[Any, ...]:
         factor = gradient_factor(self._groups[group], self._gradient.unscale)

@@ -11,6 +11,7 @@ from stepwire.layout import Layout
 from stepwire.optimizers import Hyperparameters
 from stepwire.optimizers.norms import GradientNorms, gradient_norms, with_factors
 from stepwire_server.steps.accumulated_sum import AccumulatedSum
+from stepwire_server.steps.row_gradients import RowGradients
 from stepwire_server.steps.step import Step, SteppedState
 from stepwire_server.steps.update import effective_groups
 
@@ -69,12 +70,14 @@ def check_gradient(step: Step, state: SteppedState) -> GradientCheck:
     Raises:
         InvalidRequestError: the chunks do not cover the step's segments, or a scheduled number is out of range.
         NonFiniteGradientError: under the policy `reject`.
+        ResourceExhaustedError: a table has no room for new ids.
     """
     gradient, config = step.gradient, state.config
     gradient.complete()
     updated = state.tensor_steps.group_steps() if config.scheduled else ()
-    groups, every = effective_groups(config, step.request, updated), config.treatment.accumulation_steps
-    updates, rejects = step.request.step % every == 0, config.treatment.policy == "reject"
+    groups, treatment = effective_groups(config, step.request, updated), config.treatment
+    every, rejects = treatment.accumulation_steps, treatment.policy == "reject"
+    updates = step.request.step % every == 0
     if rejects and gradient.non_finite_count:
         raise refusal(step, config.layout, gradient)
     applied: Measured = gradient
@@ -88,7 +91,17 @@ def check_gradient(step: Step, state: SteppedState) -> GradientCheck:
             applied, squared = total, total.squared_norms()
             norms = _norms(step, state, total, squared)
     count = applied.non_finite_count
+    is_skipped = (count and treatment.policy != "allow") or (step.decision is not None and step.decision.skip)
+    if updates and gradient.rows is not None and not is_skipped:
+        _check_room(gradient.rows, state)
     return GradientCheck(groups, updates, squared, norms, not count, count)
+
+
+def _check_room(rows: RowGradients, state: SteppedState) -> None:
+    """Refuse new ids that a table has no room for."""
+    for table in rows.tables() if state.row_ids else ():
+        if (ids := state.row_ids.get(table.tensor)) is not None:
+            ids.check(table.rows, state.tensor_steps.tensor_steps()[table.tensor] + 1)
 
 
 def _norms(step: Step, state: SteppedState, measured: Measured, squared: Sequence[float]) -> GradientNorms:

@@ -13,6 +13,7 @@ from stepwire.optimizers import Hyperparameters
 from stepwire_server.records.step_result import StepResult
 from stepwire_server.rules import ACCUMULATED
 from stepwire_server.steps.check_gradient import GradientCheck, check_gradient
+from stepwire_server.steps.dense_rows import dense_ranges
 from stepwire_server.steps.reply import ReplyPipeline, ReplyWriter, reply_parameters, reply_ranges, split_range
 from stepwire_server.steps.result import Effect, Moment, step_result
 from stepwire_server.steps.row_update import RowUpdate, reply_rows, row_updates
@@ -139,5 +140,10 @@ class Commit:
             factor = gradient_factor(self._check.groups[group], gradient.unscale)
             self._state.before_change(start, end)
             for found in gradient.ranges(start, end):
+                arrays.accumulate(found.start, found.chunk.gradient, found.begin, found.end, factor)
+        for table in () if gradient.rows is None else gradient.rows.tables():
+            factor = gradient_factor(self._check.groups[table.group], gradient.unscale)
+            for found in dense_ranges(table, arrays):
+                self._state.before_change(found.chunk.offset, found.chunk.end)
                 arrays.accumulate(found.start, found.chunk.gradient, found.begin, found.end, factor)
         arrays.settle()

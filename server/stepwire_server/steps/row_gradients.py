@@ -9,11 +9,10 @@ import numpy as np
 
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.layout import Layout, Placement
-from stepwire_server.engines.payloads import floats_of
 from stepwire_server.engines.protocol import EngineState, Gradient, GradientBuffer, HostArray, Table
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.tensor_selection import TensorSelection
-from stepwire_server.steps.coverage import most_chunks, typed_payload
+from stepwire_server.steps.arriving_rows import ArrivingRows
 from stepwire_server.steps.summed_rows import summed_rows
 
 __all__ = [
@@ -25,6 +24,7 @@ __all__ = [
     "row_gradients",
     "step_row_bytes",
     "table_of",
+    "table_row_bytes",
 ]
 
 _ENTRY_BYTES = 64
@@ -72,17 +72,6 @@ class TableGradient(NamedTuple):
     gradient: Gradient
 
 
-class _Entries:
-    """The entries of one table as they arrive."""
-
-    def __init__(self, placement: Placement, expected: int) -> None:
-        self.placement = placement
-        self.expected = expected
-        self.count = 0
-        self.rows: list[HostArray] = []
-        self.payloads: list[tuple[HostArray, int]] = []
-
-
 class RowGradients:
     """The rows of one step's gradient; nothing of them touches the state."""
 
@@ -109,7 +98,7 @@ class RowGradients:
         self._dtype = dtype
         self._state = state
         tensors = selection.layout.tensors
-        self._entries = {index: _Entries(tensors[index], count) for index, count in entries.items()}
+        self._entries = {index: ArrivingRows(tensors[index], count, "begin.tables") for index, count in entries.items()}
         self._at = {tensors[index].offset: index for index in entries}
         self._tables: list[TableGradient] | None = None
         self._buffers: list[GradientBuffer] = []
@@ -122,21 +111,7 @@ class RowGradients:
         """
         if (index := self._at.get(offset)) is None:
             raise _invalid("chunk.offset", f"{offset} is not the offset of a table that `begin.tables` names")
-        entries = self._entries[index]
-        spec, problem = entries.placement.spec, ""
-        if count != len(rows) * spec.width:
-            problem = f"{len(rows)} rows of {spec.width} elements, and `count` is {count}"
-        elif (largest := int(rows.max())) >= spec.named_rows:
-            problem = f"row {largest} is not below {spec.named_rows}, the rows of the table"
-        elif entries.count + len(rows) > entries.expected:
-            problem = f"{entries.count + len(rows)} rows, and `begin.tables` says {entries.expected}"
-        elif len(entries.rows) == most_chunks(entries.expected * spec.width):
-            problem = f"more than {len(entries.rows)} chunks; send larger ones"
-        if problem:
-            raise _invalid("chunk.rows", f"table {spec.name!r}: {problem}")
-        entries.payloads.append((typed_payload(payload, count, self._dtype), count))
-        entries.rows.append(rows.astype(np.int64))
-        entries.count += len(rows)
+        self._entries[index].add(rows, count, payload, self._dtype)
 
     def complete(self) -> None:
         """Check that all rows have come, and add up those that came often. A second call changes nothing.
@@ -151,13 +126,8 @@ class RowGradients:
                 name = self._selection.layout.tensors[index].spec.name
                 raise _invalid("begin.tables", f"table {name!r} is not named; name the rows of its gradient, perhaps 0")
         for entries in self._entries.values():
-            if entries.count != entries.expected:
-                name = entries.placement.spec.name
-                problem = f"{entries.count} rows of table {name!r} came, and `begin.tables` says {entries.expected}"
-                raise _invalid("begin.tables", problem)
-        self._settle(frozenset(self._selection.tables))
-
-    def _settle(self, moving: frozenset[int]) -> None:
+            entries.require()
+        moving = frozenset(self._selection.tables)
         self._tables = [self._table(index) for index in self._entries if index in moving]
 
     def tables(self) -> Iterator[TableGradient]:
@@ -168,10 +138,12 @@ class RowGradients:
     def named(self) -> Sequence[NamedRows]:
         """Return the rows that came, by table: those that go back.
 
-        The rows of a step that was applied before, or comes too late, may be fewer than it says.
+        The rows of a step that was applied before, or comes too late, may be fewer than it says. Nothing adds their
+        gradients up.
         """
         if self._tables is None:
-            self._settle(frozenset(index for index, entries in self._entries.items() if entries.count))
+            came = [entries for entries in self._entries.values() if entries.count]
+            return [NamedRows(table_of(each.placement), np.unique(each.rows())) for each in came]
         return [NamedRows(table.table, table.rows) for table in self.tables()]
 
     def entries(self) -> Sequence[RowEntries]:
@@ -189,18 +161,14 @@ class RowGradients:
 
     def _table(self, index: int) -> TableGradient:
         entries = self._entries[index]
-        spec, width = entries.placement.spec, entries.placement.spec.width
-        given = [floats_of(payload, 0, count) for payload, count in entries.payloads]
-        values = given[0] if len(given) == 1 else np.concatenate([np.empty(0, np.float32), *given])
-        rows = np.concatenate([np.empty(0, np.int64), *entries.rows])
-        entries.payloads.clear()
+        rows, values = entries.rows(), entries.pop_values()
         if self._kept is not None:
-            self._kept.append(RowEntries(index, rows, values.reshape(-1, width)))
-        rows, sums = summed_rows(rows, values.reshape(-1, width))
+            self._kept.append(RowEntries(index, rows, values))
+        rows, sums = summed_rows(rows, values)
         flat = np.ascontiguousarray(sums).reshape(-1)
         self._buffers.append(self._state.receive(flat.size))
         gradient = self._buffers[-1].put(0, flat)
-        return TableGradient(index, spec.group, table_of(entries.placement), rows, flat, gradient)
+        return TableGradient(index, entries.placement.spec.group, table_of(entries.placement), rows, flat, gradient)
 
 
 def row_gradients(
@@ -220,8 +188,12 @@ def table_of(placement: Placement) -> Table:
 
 def step_row_bytes(request: StepRequest, layout: Layout) -> int:
     """Return the bytes that a step needs at most for all its rows."""
-    itemsize, tensors = request.gradient_dtype.itemsize, layout.tensors
-    return sum(row_bytes(entries, tensors[index].spec.width, itemsize) for index, entries in request.tables)
+    return table_row_bytes(request.tables, layout, request.gradient_dtype.itemsize)
+
+
+def table_row_bytes(tables: Sequence[tuple[int, int]], layout: Layout, itemsize: int) -> int:
+    """Return the bytes that rows of some tables need at most, by the index of each and its number of rows."""
+    return sum(row_bytes(entries, layout.tensors[index].spec.width, itemsize) for index, entries in tables)
 
 
 def row_bytes(entries: int, width: int, itemsize: int) -> int:

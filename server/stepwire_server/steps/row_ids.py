@@ -61,6 +61,11 @@ class RowIds:
         self._bits = np.uint64(64 - _entry_bits(capacity))
         self._entries = np.full(1 << _entry_bits(capacity), _NONE, np.int32)
 
+    def held(self) -> HostArray:
+        """Return the ids of all rows, `(rows,) int64`, in the order of their places."""
+        ids: HostArray = self.ids[self.ids != _NONE]
+        return ids
+
     def find(self, ids: HostArray) -> HostArray:
         """Return the places of ids, `(n,) int64`; -1 for those that have none."""
         places = np.full(len(ids), _NONE, np.int64)
@@ -89,7 +94,7 @@ class RowIds:
             return
         name = self._spec.name
         raise ResourceExhaustedError(
-            f"table {name!r} has {self.rows} of {len(self.ids)} rows, and the step has {new} new ids; create the "
+            f"table {name!r} has {self.rows} of {len(self.ids)} rows, and {new} ids are new; create the "
             "session with a larger table, or with max_age_steps, after which rows give way",
             reason=Reason.TABLE_FULL,
             metadata={"table": name, "capacity": len(self.ids), "rows": self.rows, "new_rows": new},

@@ -16,6 +16,7 @@ from stepwire_server.engines.protocol import PARAM, EngineState, HostArray, Pass
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.rules import RowSemantics, faded_slots, row_wise_step_sizes, row_wise_sums
+from stepwire_server.steps.dense_rows import dense_ranges
 from stepwire_server.steps.reply import ReplyPipeline
 from stepwire_server.steps.row_gradients import NamedRows, RowGradients, TableGradient
 from stepwire_server.steps.step import SteppedState
@@ -99,8 +100,6 @@ def row_updates(
         if semantics is RowSemantics.GLOBAL:
             updates.append(RowUpdate(gradient, dense[gradient.table.start], None))
             continue
-        if (ids := state.row_ids.get(gradient.tensor)) is not None:
-            ids.check(gradient.rows, segment.t)
         numbers = state.numbers_of(gradient.tensor, gradient.rows) if semantics.counts_rows else None
         before, hyper = scalars(gradient.group), groups[gradient.group]
         if semantics is RowSemantics.ROW_WISE and numbers is not None:
@@ -191,21 +190,10 @@ def _row_wise(
 
 def _step_densely(gradient: TableGradient, step: Pass, state: SteppedState) -> Iterator[Pending[Any]]:
     """Step every row of a table, some at a time."""
-    table, rows = gradient.table, gradient.rows
-    values = gradient.values.reshape(-1, table.width)
-    most = max(_DENSE_ELEMENTS // table.width, 1)
-    for low in range(0, table.rows, most):
-        high = min(low + most, table.rows)
-        first, last = np.searchsorted(rows, [low, high]).tolist()
-        dense = np.zeros((high - low, table.width), np.float32)
-        dense[rows[first:last] - low] = values[first:last]
-        start = table.start + low * table.width
-        state.before_change(start, start + dense.size)
-        buffer = state.arrays.receive(dense.size)
-        try:
-            yield state.arrays.update(step, start, buffer.put(0, dense.reshape(-1)), 0, dense.size, None)
-        finally:
-            buffer.close()
+    for found in dense_ranges(gradient, state.arrays):
+        start, size = found.start, found.end - found.begin
+        state.before_change(start, start + size)
+        yield state.arrays.update(step, start, found.chunk.gradient, 0, size, None)
 
 
 def _parts(request: StepRequest, rows: int, width: int) -> list[tuple[int, int]]:

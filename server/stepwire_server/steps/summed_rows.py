@@ -6,24 +6,23 @@ its last digit at 2⁻ᵇ of its size or above, and a float32 has 24:
 
     n · largest ≤ 2⁵³ · 2⁻ᵇ · smallest
 
-Where that is not so, numbers are added with the error of each sum, and the errors likewise (Knuth's TwoSum). Sums of
-more than a few numbers, and those that even so have a rest, are added as integers would be (`math.fsum`). Either is
-rounded to odd in float64 before it is rounded to float32 (Boldo & Melquiond 2008): see `engines.exact_scalars`.
+Where that is not so, a kernel keeps the error of each sum, and adds the errors likewise (Shewchuk 1997). Its sums are
+rounded to odd in float64 before they are rounded to float32 (Boldo & Melquiond 2008): see `engines.exact_scalars`. A
+compiled kernel holds no lock of the interpreter, so a row that comes millions of times delays no other session.
 NaN, and Inf of both signs, make NaN in any order.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 import numpy as np
 
-from stepwire_server.engines.exact_scalars import two_sum
+from stepwire_server.engines.cpu.engine import host_kernels
 from stepwire_server.engines.protocol import HostArray
 
-__all__ = ["FLOAT32_BITS", "SortedRows", "exact_totals", "odd_sum", "summed_rows"]
+__all__ = ["FLOAT32_BITS", "SortedRows", "exact_totals", "prepare_sums", "summed_rows"]
 
 FLOAT32_BITS: Final = 24
 """The bits of a float32."""
@@ -32,9 +31,6 @@ _FLOAT64_BITS: Final = 53
 
 _BATCH: Final = 1 << 20
 """The elements that are added at a time, in a few arrays of float64."""
-
-_MOST_TOGETHER: Final = 32
-"""The numbers of one element that are added in step with those of others."""
 
 
 class SortedRows(NamedTuple):
@@ -98,6 +94,11 @@ def summed_rows(rows: HostArray, values: HostArray) -> tuple[HostArray, HostArra
     return found.rows, sums
 
 
+def prepare_sums() -> None:
+    """Compile the kernel of sums, so that no step waits for it."""
+    host_kernels().exact("lines")
+
+
 def exact_totals(numbers: HostArray, firsts: HostArray, counts: HostArray, bits: int) -> tuple[HostArray, HostArray]:
     """Return the sums of neighbouring lines of `numbers`, and tell those that are no float64.
 
@@ -126,57 +127,13 @@ def exact_totals(numbers: HostArray, firsts: HostArray, counts: HostArray, bits:
     return totals, inexact
 
 
-def odd_sum(numbers: list[float]) -> tuple[float, bool]:
-    """Return the sum of finite numbers, rounded to odd, and tell whether that is another number."""
-    total = math.fsum(numbers)
-    rest = math.fsum([*numbers, -total])
-    if rest and not np.float64(total).view(np.int64) & 1:
-        return math.nextafter(total, math.copysign(math.inf, rest)), True
-    return total, bool(rest)
-
-
 def _add_exactly(
     numbers: HostArray, firsts: HostArray, counts: HostArray, totals: HostArray, places: tuple[HostArray, ...]
 ) -> HostArray:
     """Write the sums at some places of `totals`, rounded to odd; tell for each whether that is another number."""
-    lines, columns = places
-    own = counts[lines]
-    together = own <= _MOST_TOGETHER
-    inexact, left = np.zeros(len(lines), bool), [np.flatnonzero(~together)]
-    chosen = np.flatnonzero(together)
-    for few in np.array_split(chosen, -(-len(chosen) // _BATCH)) if len(chosen) else []:
-        sums, rests, is_known = _two_sums(numbers, firsts[lines[few]], own[few], columns[few])
-        totals[lines[few], columns[few]] = sums
-        inexact[few] = rests
-        left.append(few[~is_known])
-    for place in np.concatenate(left).tolist():
-        line, column = lines[place], columns[place]
-        found = numbers[firsts[line] : firsts[line] + own[place], column].tolist()
-        totals[line, column], inexact[place] = odd_sum(found)
+    lines, columns = (np.ascontiguousarray(each) for each in places)
+    sums, inexact = np.empty(len(lines)), np.empty(len(lines), bool)
+    flat, width = np.ascontiguousarray(numbers).reshape(-1), numbers.shape[1]
+    host_kernels().exact("lines")(flat, width, firsts[lines], counts[lines], columns, sums, inexact)
+    totals[lines, columns] = sums
     return inexact
-
-
-def _two_sums(
-    numbers: HostArray, firsts: HostArray, counts: HostArray, columns: HostArray
-) -> tuple[HostArray, HostArray, HostArray]:
-    """Add up to `_MOST_TOGETHER` numbers of each element, with two levels of errors.
-
-    Returns:
-        The sums rounded to odd, whether each is another number, and whether it is known: the errors had no rest.
-    """
-    total, error, rest = (np.zeros(len(firsts)) for _ in range(3))
-    is_known = np.ones(len(firsts), bool)
-    for turn in range(int(counts.max())):
-        here = np.flatnonzero(counts > turn)
-        total[here], new = two_sum(total[here], numbers[firsts[here] + turn, columns[here]])
-        error[here], new = two_sum(error[here], new)
-        rest[here], new = two_sum(rest[here], new)
-        is_known[here] &= new == 0.0
-    for _ in range(3):  # until each is below half a unit of the one above
-        error, rest = two_sum(error, rest)
-        total, error = two_sum(total, error)
-    error, rest = two_sum(error, rest)
-    is_known &= two_sum(total, error)[1] == error
-    moved = (error != 0.0) & (total.view(np.int64) & 1 == 0)
-    odd = np.where(moved, np.nextafter(total, np.copysign(np.inf, error)), total)
-    return odd, error != 0.0, is_known

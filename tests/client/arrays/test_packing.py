@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepwire.arrays.packing import PackedRange, Packer, named_arrays
+from stepwire.arrays.ranges import Ranges
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.layout import TensorSpec, place
 from stepwire.wire.dtypes import wire_items
@@ -116,11 +117,10 @@ def test_the_ranges_of_a_chunk_are_cached() -> None:
 def test_what_was_packed_is_unpacked(dtype: Any, most: int) -> None:
     packer = Packer(LAYOUT)
     space = pack(packer, numbered(), most, dtype)
-    container = packer.empty(np.dtype(dtype), as_list=False)
+    container, _ = packer.allocate_named(np.dtype(dtype))
     targets = packer.targets(container, "out")
     for offset, count, ranges in packer.chunks(most):
         packer.read(targets, ranges, space[offset : offset + count])
-    assert isinstance(container, dict)
     for name, expected in numbered().items():
         assert container[name].dtype == dtype
         assert container[name].astype(np.float32).tolist() == expected.tolist()
@@ -140,6 +140,15 @@ def test_what_was_packed_is_unpacked(dtype: Any, most: int) -> None:
 def test_arrays_that_are_not_contiguous_are_sent_row_by_row(array: npt.NDArray[np.float32]) -> None:
     space = pack(Packer(LAYOUT), numbered() | {"w": array}, 1000)
     assert space[:12].tolist() == [float(array[row, column]) for row in range(3) for column in range(4)]
+
+
+def test_a_tensor_without_an_array_takes_no_memory_of_its_size() -> None:
+    """A table of 2⁵⁰ elements has rows, and never an array."""
+    packer = Packer(place([TensorSpec("w", (3,)), TensorSpec("t", (1 << 44, 64), table="torch_sparse")], 1))
+    flat, missing = packer.present({"w": np.ones(3, np.float32)}, "gradients", frozenset({"t"}))
+    assert ([len(each) for each in flat], missing) == ([3, 0], {1})
+    with pytest.raises(InvalidRequestError, match=r"missing \['w'\], unknown \['v'\]"):
+        packer.present({"v": np.ones(3, np.float32)}, "gradients", frozenset({"t"}))
 
 
 def test_a_contiguous_array_is_not_copied() -> None:
@@ -177,26 +186,55 @@ def test_a_wrong_shape_is_refused_with_both_shapes(shape: tuple[int, ...]) -> No
 
 
 def test_a_reply_is_one_buffer_seen_as_arrays() -> None:
-    container = Packer(LAYOUT).empty(np.dtype(np.float16), as_list=False)
-    assert isinstance(container, dict)
+    container, _ = Packer(LAYOUT).allocate_named(np.dtype(np.float16))
     assert {name: array.shape for name, array in container.items()} == SHAPES
     assert len({id(array.base) for array in container.values()}) == 1
 
 
 def test_a_reply_for_a_list_is_a_list_in_its_order() -> None:
     packer = Packer(place([TensorSpec(str(index), (index,), index % 2) for index in range(12)], 2))
-    container = packer.empty(np.dtype(np.float32), as_list=True)
-    assert isinstance(container, list)
-    assert [array.shape for array in container] == [(index,) for index in range(12)]
+    targets = packer.to_come(np.dtype(np.float32), None)
+    assert [array.shape for array in targets.container] == [(index,) for index in range(12)]
+    assert targets.container is targets.container
 
 
-@pytest.mark.parametrize("as_list", [False, True])
-def test_allocate_returns_the_results_of_empty_and_targets(as_list: bool) -> None:
+@pytest.mark.parametrize(
+    ("names", "order"),
+    [
+        (["2", "0", "4", "1", "3"], "20413"),
+        (["0", "1", "2", "3", "4"], "01234"),
+        (["4", "0"], "01234"),
+        (["4", "3", "2", "1", "0", "x"], "01234"),
+    ],
+)
+def test_a_reply_for_a_dict_has_the_order_of_its_names_if_they_are_the_tensors(names: list[str], order: str) -> None:
+    packer = Packer(place([TensorSpec(str(index), (index,), index % 2) for index in range(5)], 2))
+    named = packer.to_come(np.dtype(np.float32), names).container
+    assert [(name, array.shape) for name, array in named.items()] == [(name, (int(name),)) for name in order]
+
+
+@pytest.mark.parametrize("names", [list("01234"), None], ids=["dict", "list"])
+def test_the_views_of_a_reply_are_those_of_its_arrays(names: Any) -> None:
     packer = Packer(place([TensorSpec(str(index), (index, 2), index % 2) for index in range(5)], 2))
-    container, flat = packer.allocate(np.dtype(np.float16), as_list=as_list)
-    for mine, target in zip(flat, packer.targets(container, "out"), strict=True):
+    flat = packer.to_come(np.dtype(np.float16), names)
+    assert len(flat) == len(flat[1:]) + 1 == 5
+    for mine, target in zip(flat, packer.targets(flat.container, "out"), strict=True):
         assert (mine.shape, mine.dtype) == (target.shape, target.dtype)
         assert mine.size == 0 or np.shares_memory(mine, target)
+
+
+def test_arrays_that_were_made_in_the_middle_of_their_making_stay() -> None:
+    """As by the handler of a signal, which has read the reply into them."""
+    made: list[Any] = []
+
+    def make() -> Any:
+        made.append(values := np.zeros(3))
+        if len(made) == 1:
+            assert ranges.whole is made[1]
+        return values, [len(made)]
+
+    ranges = Ranges(make, [slice(0, 3)])
+    assert (ranges.whole is made[1], ranges.container, len(made)) == (True, [2], 2)
 
 
 def test_chunks_are_cut_anew_for_another_size_and_another_encoding() -> None:

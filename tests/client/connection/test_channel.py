@@ -186,10 +186,22 @@ def test_a_call_that_is_made_once_is_repeated_after_a_fork_alone(scripted: Any, 
     assert cut == []
 
 
+@pytest.mark.parametrize("reason", [stepwire.Reason.NOT_PRIMARY, stepwire.Reason.STALE_EPOCH])
+def test_an_old_owner_is_left_for_the_newer_one(reason: stepwire.Reason) -> None:
+    places = iter(["127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:2"])
+    calls = Calls("directory:/d/a", timeout_seconds=1.0, retry=Retry(), locate=lambda seconds: next(places))
+    error, deadline = stepwire.FencedError("another epoch", reason=reason), calls.deadline(None)
+    stays = calls.followed(error, deadline)
+    assert (stays is error) == (reason is stepwire.Reason.STALE_EPOCH), "the session came back at the same address"
+    moved = calls.followed(error, deadline)
+    assert (type(moved), moved.reason) == (stepwire.UnavailableError, stepwire.Reason.UNREACHABLE)
+    calls.close()
+
+
 def test_a_server_that_moves_is_looked_for_while_other_clients_open_their_channels() -> None:
     places, is_free = iter(["127.0.0.1:1", "127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:2"]), list[bool]()
 
-    def locate() -> str:
+    def locate(seconds: float) -> str:
         def look() -> None:
             is_free.append(_gate.lock.acquire(blocking=False))
             if is_free[-1]:
@@ -202,13 +214,24 @@ def test_a_server_that_moves_is_looked_for_while_other_clients_open_their_channe
 
     calls = Calls("directory:/d/a", timeout_seconds=1.0, retry=Retry(), locate=locate)
     error = stepwire.UnavailableError("it has gone", reason=stepwire.Reason.UNREACHABLE)
-    first = calls.channel
-    assert calls.followed(error) is error
+    first, deadline = calls.channel, calls.deadline(None)
+    assert calls.followed(error, deadline) is error
     assert calls.channel is first
-    assert calls.followed(error) is error
+    assert calls.followed(error, deadline) is error
     second = calls.channel
     assert second is not first
-    assert calls.followed(error) is error
+    assert calls.followed(error, deadline) is error
     assert calls.channel is second
     calls.close()
     assert is_free == [True] * 4
+
+
+def test_the_end_of_a_deadline_ends_the_repetitions_of_a_call_within_it() -> None:
+    retry = Retry(sleep=lambda seconds: deadline.end())
+    deadline = retry.deadline(3600.0)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))  # and nobody listens
+        calls = Calls(f"127.0.0.1:{silent.getsockname()[1]}", timeout_seconds=3600.0, retry=retry)
+        with pytest.raises(stepwire.UnavailableError, match="no server answers"):
+            calls.unary("GetServerInfo", pb.GetServerInfoRequest(), pb.GetServerInfoResponse, deadline)
+        calls.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grpc
@@ -22,8 +22,11 @@ def echoing(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterato
     yield from messages
 
 
-def senders() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "stepwire-sender"]
+@pytest.fixture
+def senders() -> Callable[[], list[threading.Thread]]:
+    """Return the senders of this test: calls of tests before may not be collected yet."""
+    before = set(threading.enumerate())
+    return lambda: [each for each in threading.enumerate() if each.name == "stepwire-sender" and each not in before]
 
 
 @pytest.fixture
@@ -35,7 +38,7 @@ def call(scripted: Any, scripted_calls: Calls) -> Iterator[DirectCall]:
     call.close()
 
 
-def test_messages_that_are_there_need_no_thread(call: DirectCall) -> None:
+def test_messages_that_are_there_need_no_thread(call: DirectCall, senders: Any) -> None:
     for message in (b"a", b"bb", b"ccc"):
         call.put([message])
         assert call.receive() == message
@@ -44,7 +47,7 @@ def test_messages_that_are_there_need_no_thread(call: DirectCall) -> None:
     assert senders() == []
 
 
-def test_messages_that_are_made_are_sent_by_a_thread_and_stay_in_order(call: DirectCall) -> None:
+def test_messages_that_are_made_are_sent_by_a_thread_and_stay_in_order(call: DirectCall, senders: Any) -> None:
     made = threading.Event()
 
     def making() -> Iterator[bytes]:

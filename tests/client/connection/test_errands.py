@@ -18,6 +18,7 @@ import pytest
 
 from stepwire.connection import errands
 from stepwire.connection.errands import by_errand, by_errands, each_by_errand, later, run, together, undelivered
+from stepwire.connection.own_threads import MOST_IDLE, OwnThreads
 from stepwire.connection.retry import Deadline, Retry
 from tests.support.interrupts import Arrival, require_traces, signalled
 
@@ -115,7 +116,7 @@ def test_many_callers_wait_for_each_other_nowhere() -> None:
     for caller in callers:
         caller.join(PATIENCE_SECONDS)
         assert not caller.is_alive()
-    while errands._threads._count > errands._MOST_IDLE + 1:  # the last caller's may not be idle yet
+    while errands._threads._count > MOST_IDLE + 1:  # the last caller's may not be idle yet
         run(int)
 
 
@@ -346,7 +347,7 @@ def test_without_threads_to_spare_the_caller_makes_the_call(monkeypatch: pytest.
     def none_left(*arguments: Any) -> NoReturn:
         raise RuntimeError("can't start new thread")
 
-    threads = errands._OwnThreads()
+    threads = OwnThreads()
     monkeypatch.setattr(errands, "_threads", threads)
     monkeypatch.setattr("_thread.start_new_thread", none_left)
     assert run(threading.get_ident) == threading.get_ident()

@@ -547,7 +547,7 @@ def test_a_load_under_a_stream_that_was_displaced_attaches_again(create: Create,
     """As after an attach of this client that reached the server late."""
     session = create()
     session.step(ONES)
-    late = raw.attach(session.session_id, session._link.hold.token)
+    late = raw.attach(session.session_id, session._link.shards[0].hold.token)
     late.receive()
     session.load({"w": np.full(3, 10.0, np.float32)})
     assert first(session.pull()) == 10.0
@@ -605,7 +605,7 @@ def test_dropped_sessions_leave_no_streams(target: str) -> None:
             session = client.create_session({"w": np.zeros(3, np.float32)}, optimizer=stepwire.SGD(lr=1.0))
             session.step(ONES)
             ids.append(session.session_id)
-            stream = weakref.ref(session._link.hold._stream)  # type: ignore[attr-defined]
+            stream = weakref.ref(session._link.shards[0].hold._stream)  # type: ignore[attr-defined]
             del session
             gc.collect()
             all_made()

@@ -20,7 +20,8 @@ def loss(params, rows, targets):  # type: ignore[no-untyped-def]
     return jnp.mean((rows @ params["w"] - targets) ** 2)
 
 
-def test_rows_of_a_batch_train_as_the_whole_table_does(client: stepwire.Client) -> None:
+@pytest.mark.parametrize("meaning", ["torch_sparse", "row_counter", "skipped"])
+def test_rows_of_a_batch_train_as_the_whole_table_does(client: stepwire.Client, meaning: str) -> None:
     """Ids come often in a batch, and the table as a whole is never in the program."""
     rng = np.random.default_rng(1)
     table, w = rng.standard_normal((ROWS, WIDTH)).astype(np.float32), jnp.ones(WIDTH)
@@ -28,7 +29,7 @@ def test_rows_of_a_batch_train_as_the_whole_table_does(client: stepwire.Client) 
     params, state = {"w": w}, tx.init({"w": w})
     whole = {"w": w, "table": jnp.asarray(table)}
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
-    options = {"optimizer": stepwire.SGD(lr=LR), "tables": {"table": "torch_sparse"}}
+    options = {"optimizer": stepwire.SGD(lr=LR), "tables": {"table": meaning}}
     with client.create_session({"table": table}, **options) as session:
         for _ in range(3):
             ids, targets = rng.integers(0, ROWS, 5), rng.standard_normal(5).astype(np.float32)

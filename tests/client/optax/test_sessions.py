@@ -165,7 +165,11 @@ def test_connections_are_shared_and_closed_with_the_last_session(target: str) ->
     params = {"w": jnp.ones(2)}
     first, second = one.init(params), other.init(params)
     client = sessions.client(connection)
-    assert one.session(first)._link._route.calls is other.session(second)._link._route.calls is client._server.calls
+    assert (
+        one.session(first)._link.shards[0]._route.calls
+        is other.session(second)._link.shards[0]._route.calls
+        is client._server.server.calls
+    )
     one.close(first)
     assert sessions.client(connection) is client
     other.close(second)

@@ -72,10 +72,11 @@ def test_what_a_server_refuses_is_told_with_its_shard(many: stepwire.Client, tar
         assert session.applied_step == 0
 
 
-@pytest.mark.parametrize("ids", ["a,b,c", []])
-def test_there_is_a_shard_a_target_at_most(many: stepwire.Client, ids: Any) -> None:
-    with pytest.raises(stepwire.InvalidRequestError, match="ids for 2 targets"):
-        many.session(ids)
+def test_ids_are_needed_and_known(many: stepwire.Client) -> None:
+    with pytest.raises(stepwire.InvalidRequestError, match="there is no id"):
+        many.session([])
+    with pytest.raises(stepwire.SessionNotFoundError, match="is on none of the servers"):
+        many.session("a,b,c")  # more than there are targets, as of a session that has moved to fewer
 
 
 def test_shards_of_different_sessions_are_told_apart(many: stepwire.Client) -> None:

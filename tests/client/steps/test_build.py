@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from stepwire.arrays.packing import Packer
+from stepwire.arrays.trees import Structure
 from stepwire.errors import InvalidRequestError
 from stepwire.layout import TensorSpec, place
 from stepwire.steps.build import StepBuilder, StepOptions
@@ -81,10 +82,10 @@ def test_a_step_that_is_refused_leaves_no_trace_in_the_next() -> None:
 
 
 def test_a_new_reply_lies_where_its_targets_do() -> None:
-    call, reply = make_builder().build(GRADIENTS, StepOptions())
-    assert isinstance(reply, dict)
+    call, made = make_builder().build_tree(GRADIENTS, StepOptions(), Structure())
     for number, target in enumerate(call.targets):
         target[...] = number
+    reply: Any = made()
     assert {name: array.tolist() for name, array in reply.items()} == {
         "a": [0, 0, 0],
         "b": [[1, 1], [1, 1]],

@@ -54,6 +54,8 @@ def test_tensors_are_told_when_their_last_element_has_come() -> None:
         reader.read(chunk(start, SPACE[start:end]))
         seen.append(list(told))
     assert seen == [[], [], [0], [0, 2]]
+    reader.finish()
+    assert told == [0, 2, 1], "no chunk brings a tensor of no elements"
 
 
 def test_a_reply_that_ends_early_is_told() -> None:

@@ -94,7 +94,7 @@ class Pair:
 
     def fail(self, seed: int, *, applied: bool) -> None:
         """Make a gradient, and have the early optimizer's step of it fail with an unknown outcome."""
-        hold = self.early.session._link.hold
+        hold = self.early.session._link.shards[0].hold
         with lost_replies(applied=applied, of=lambda other: other is hold):
             self.backward(seed)
             with pytest.raises(DeadlineExceededError):

@@ -433,6 +433,22 @@ def test_values_of_wrappers_stay_and_are_saved(target: str) -> None:
         assert len(pair.remote.state) == 0
 
 
+def test_empty_entries_are_saved_and_loaded(target: str) -> None:
+    """A read makes an empty entry, as in a defaultdict, and a loaded dict makes one of each that it has."""
+    with (pair := twins(target)).remote:
+        pair.draw()
+        pair.params[1].grad = pair.remote_params[1].grad = None
+        pair.local.step()
+        pair.remote.step()
+        for optimizer, params in ((pair.local, pair.params), (pair.remote, pair.remote_params)):
+            assert dict(optimizer.state[params[1]]) == {}
+            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            assert params[1] in optimizer.state
+        assert_same_state(pair)
+        pair.step(2)
+        assert_same_state(pair)
+
+
 def test_a_tensor_of_the_state_is_freed_with_its_last_holder(target: str) -> None:
     """A moment that stays in a variable, as after a loop, costs no more than itself."""
     with (pair := twins(target)).remote:
@@ -494,3 +510,36 @@ def test_writes_between_backward_pass_and_step(target: str) -> None:
                 optimizer.step()
         for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
             torch.testing.assert_close(other, one, **BOUND)
+
+
+class Interrupting(dict[int, Any]):
+    """A dict whose first assignment is interrupted, before or after it."""
+
+    def __init__(self, *, after: bool) -> None:
+        super().__init__()
+        self._after, self._interrupts = after, 1
+
+    def __setitem__(self, key: int, value: Any) -> None:
+        self._interrupts -= 1
+        if self._interrupts == 0 and not self._after:
+            raise KeyboardInterrupt
+        super().__setitem__(key, value)
+        if self._interrupts == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_write_that_is_made_again_after_an_interrupt_counts(
+    target: str, after: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with twins(target).remote as optimizer:
+        parameter = optimizer.param_groups[0]["params"][0]
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        moment = optimizer.state[parameter]["exp_avg"]
+        monkeypatch.setattr(moment.keeper, "_used", Interrupting(after=after))
+        with pytest.raises(KeyboardInterrupt):
+            moment.fill_(0.125)
+        moment.fill_(0.125)
+        written = optimizer.state_dict()["state"][0]["exp_avg"]
+        assert torch.equal(written, torch.full_like(parameter, 0.125).detach())

@@ -201,6 +201,39 @@ def test_a_step_whose_reply_is_lost_is_applied_once(remote: Callable[..., Any]) 
     assert ours.applied_step == 3
 
 
+@pytest.mark.parametrize("meaning", ["row_counter", "skipped"])
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD"])
+def test_other_meanings_step_declared_tables(
+    name: str, meaning: str, remote: Callable[..., Any], client: stepwire.Client
+) -> None:
+    """Beside a session of the table with that meaning; a state with moments is refused and changes nothing."""
+    (model,) = models(1)
+    options: dict[str, Any] = {"lr": 0.05, "momentum": 0.9} if name == "SGD" else {"lr": 0.05, "weight_decay": 0.0}
+    ours = remote(name, model.named_parameters(), row_semantics=meaning, tables=["0"], **options)
+    rule: Any = stepwire.SGD(lr=0.05, momentum=0.9) if name == "SGD" else stepwire.Adam(lr=0.05)
+    start = model[0].weight.detach().numpy().copy()
+    with client.create_session({"t": start}, optimizer=rule, tables={"t": meaning}) as session:
+        for step in range(5):
+            draw(model, [], step, repeated=True)
+            gradient: Any = model[0].weight.grad
+            rows, values = gradient._indices()[0].numpy(), gradient._values().numpy()
+            ours.step()
+            session.step({"t": stepwire.Rows(rows, values)})
+        whole: Any = session.pull()
+        assert whole["t"].tobytes() == model[0].weight.detach().numpy().tobytes()
+        saved, before = ours.state_dict(), [each.detach().clone() for each in model.parameters()]
+        assert int(saved["state"][0]["step"] if "step" in saved["state"][0] else 5) == 5
+        with pytest.raises(stepwire.UnsupportedFeatureError, match="numbers of its rows"):
+            ours.load_state_dict(saved)
+        assert_same_bits(before, model.parameters())
+        draw(model, [], 5)
+        gradient = model[0].weight.grad
+        ours.step()
+        session.step({"t": stepwire.Rows(gradient._indices()[0].numpy(), gradient._values().numpy())})
+        whole = session.pull()
+        assert whole["t"].tobytes() == model[0].weight.detach().numpy().tobytes() and ours.applied_step == 6
+
+
 def test_a_session_with_tables_is_resumed_as_it_is(remote: Callable[..., Any]) -> None:
     model, mirrored, third = models(3)
     local = torch.optim.Adagrad(model.parameters(), lr=0.1)
@@ -254,7 +287,8 @@ def test_a_model_of_bfloat16_and_backward_sending_and_shared_views_take_rows(tar
 
 
 REFUSALS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "meaning": ("Adam", {"row_semantics": "skipped"}, "a session of its own, by SparseAdam"),
+    "meaning": ("Adagrad", {"row_semantics": "row_wise"}, "or RemoteEmbedding with this meaning"),
+    "late table": ("Adam", {"row_semantics": "skipped"}, r"name tables from the beginning, by tables=\[…\]"),
     "name": ("SGD", {"tables": ["1", "none"]}, "'none' is the name of no parameter and no module"),
     "rule": ("Adam", {"tables": ["0"]}, "'0.weight' cannot be a table: Adam does not support sparse gradients"),
     "decay": ("Adagrad", {"weight_decay": 0.1}, "has no meaning for rows that sleep"),

@@ -11,7 +11,7 @@ import torch
 from torch.nn import Parameter
 
 from stepwire.errors import InvalidRequestError
-from stepwire.torch.tensors import ParameterTensor, from_numpy, to_numpy
+from stepwire.torch.tensors import ParameterTensor, from_numpy, to_numpy, touch
 
 BITS = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -72,17 +72,37 @@ def test_a_change_is_seen_until_it_is_followed() -> None:
     tensor.follow()
     tensor.parameter.data = tensor.parameter.data.t()
     assert tensor.changed
-    tensor.array()
-    tensor.settle()
+    touch([tensor])
     assert not tensor.changed
 
 
-def test_settling_counts_as_a_change_to_autograd() -> None:
-    tensor = wrapped(torch.ones(2))
+def test_a_parameter_that_becomes_a_lazy_view_is_refused() -> None:
+    """Its memory is that of the other tensor's values, so what is written to a copy would be lost."""
+    tensor = wrapped(torch.ones(2, dtype=torch.complex64))
     tensor.array()
-    before = tensor.parameter._version
-    tensor.settle()
-    assert tensor.parameter._version == before + 1
+    tensor.follow()
+    tensor.parameter.data = tensor.parameter.data.conj()
+    assert tensor.changed, "its address is what it was"
+    with pytest.raises(InvalidRequestError, match="conjugates or negates another tensor by now"):
+        tensor.array()
+
+
+@pytest.mark.parametrize("takes_several", [True, False])
+def test_a_touch_counts_as_a_change_to_autograd(takes_several: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    increment = torch.autograd.graph.increment_version
+
+    def increment_one(tensor: Any) -> None:
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError("argument 'tensor' must be Tensor, not list")
+        increment(tensor)
+
+    if not takes_several:  # as older releases of torch
+        monkeypatch.setattr(torch.autograd.graph, "increment_version", increment_one)
+    tensors = [wrapped(torch.ones(2)), wrapped(torch.ones(3))]
+    before = [tensor.parameter._version for tensor in tensors]
+    touch(tensors)
+    assert [tensor.parameter._version for tensor in tensors] == [version + 1 for version in before]
+    assert not any(tensor.changed for tensor in tensors)
 
 
 @pytest.mark.parametrize("dtype", BITS, ids=str)

@@ -151,6 +151,24 @@ def test_two_optimizers_alternate_with_one_model(pair: Pair, target: str) -> Non
         pair.compare()
 
 
+@pytest.mark.parametrize("views", [True, False])
+@pytest.mark.parametrize("lazily", [torch.conj, torch._neg_view], ids=["conjugated", "negated"])
+def test_a_gradient_that_is_a_lazy_view_is_stepped_as_what_it_means(target: str, lazily: Any, views: bool) -> None:
+    dtype = torch.complex64 if lazily is torch.conj else torch.float32
+    parameter, twin = (torch.nn.Parameter(torch.ones(2, dtype=dtype)) for _ in range(2))
+    optimizer, local = Adam([parameter], lr=0.1, server=target, shared_views=views), torch.optim.Adam([twin], lr=0.1)
+    for step in range(3):
+        factors = torch.tensor([1.0 + step, 3.0]).to(dtype) * (1 + 2j if dtype.is_complex else 1)
+        for each, its in ((parameter, optimizer), (twin, local)):
+            its.zero_grad()
+            (each * factors).real.sum().backward()
+            gradient = lazily(each.grad)
+            each.grad = gradient if each is parameter else gradient.resolve_conj().resolve_neg()
+            its.step()
+    optimizer.close()
+    torch.testing.assert_close(parameter.detach(), twin.detach())
+
+
 def test_a_sparse_gradient_is_refused_in_the_same_words(target: str) -> None:
     embedding = torch.nn.Embedding(5, 3, sparse=True)
     with Adam(embedding.named_parameters(), server=target, transport="shm", shared_views=True) as optimizer:

@@ -139,4 +139,4 @@ def test_the_worker_is_acquired_once_however_many_streams_that_needs(
     other.attach()
     assert other.step(GRADIENT)["b"].shape == (4,)
     # The first stream, for packets, acquires the worker, and those for memory and for messages renew the hold.
-    assert (other.applied_step, other._link.hold.acquisitions, len(checks)) == (2, 1, 2)
+    assert (other.applied_step, other._link.shards[0].hold.acquisitions, len(checks)) == (2, 1, 2)

@@ -13,6 +13,7 @@ from stepwire.wire.addresses import (
     checked_unix_path,
     grpc_target,
     is_on_this_host,
+    named_host,
     unix_path,
     unix_target,
 )
@@ -108,6 +109,23 @@ GOOD = {
 def test_a_target_of_a_form_that_grpc_has(target: str) -> None:
     assert grpc_target(target) == target
     assert is_on_this_host(target) is GOOD[target]
+
+
+@pytest.mark.parametrize(
+    ("target", "named"),
+    [
+        ("dns:///stepwire:50051", ("stepwire", 50051)),
+        ("dns:stepwire.default.svc:1", ("stepwire.default.svc", 1)),
+        ("dns:///localhost:50051", None),
+        ("dns:///10.0.0.1:50051", None),
+        ("dns:///[2001:db8::1]:50051", None),
+        ("dns://8.8.8.8/stepwire:50051", None),
+        ("stepwire:50051", None),
+        ("ipv4:10.0.0.1:50051", None),
+    ],
+)
+def test_a_name_that_may_have_several_addresses(target: str, named: tuple[str, int] | None) -> None:
+    assert named_host(target) == named
 
 
 WRONG = {

@@ -30,15 +30,23 @@ def test_each_tenant_sees_its_own_sessions_and_an_administrator_all(own: Authori
     with Server(config, pool=numpy_pool()) as server:
 
         def seen(token: str) -> list[str]:
+            """Return the ids that a caller sees, and check that no total tells of others."""
             with stepwire.connect(server.target, tls=own.tls, token=token) as client:
-                statistics = next(client.statistics())
-                assert statistics.servers[0].sessions == 1, "the totals are those of all tenants"
-                return [session.session_id for session in statistics.sessions]
+                statistics, info = next(client.statistics()), client.info()
+                ids = [session.session_id for session in statistics.sessions]
+                load = statistics.servers[0]
+                reserved = sum(session.memory_bytes for session in statistics.sessions)
+                assert (load.sessions, load.parked, load.streams) == (len(ids), 0, len(ids))
+                assert load.reserved_bytes["cpu"] == info.devices["cpu"]["reserved_bytes"]
+                assert load.reserved_bytes["cpu"] == reserved or token == root, "kernels and staging are of all"
+                assert info.sessions == len(ids)
+                return ids
 
         with (
             stepwire.connect(server.target, tls=own.tls, token=ann) as client,
             client.create_session(GRADIENT, request_id="run") as session,
         ):
+            session.step(GRADIENT)
             assert seen(ann) == seen(root) == [session.session_id]
             assert seen(bob) == []
             with pytest.raises(

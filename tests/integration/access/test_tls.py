@@ -178,7 +178,20 @@ def test_a_connection_does_not_outlive_its_certificate(own: Authority, clients: 
                     call()
 
 
-def test_a_unix_socket_asks_for_no_certificate(own: Authority, clients: Authority) -> None:
-    with numpy_server(tls_cert=own.cert, tls_key=own.key, tls_client_ca=clients.ca) as server:
+def test_a_unix_socket_asks_for_no_certificate_and_is_there_if_it_is_named(
+    own: Authority, clients: Authority, tmp_path: pathlib.Path
+) -> None:
+    """By itself it would be a way past the port's certificates, which clients of this host would take unasked."""
+    settings = {"tls_cert": own.cert, "tls_key": own.key, "tls_client_ca": clients.ca}
+    with numpy_server(**settings) as server:
+        assert server.unix_socket == ""
+        mine = stepwire.TLS(ca=own.ca, cert=clients.cert, key=clients.key)
+        with stepwire.connect(server.target, tls=mine) as client:
+            session = client.create_session({"w": np.zeros(4, np.float32)})
+            session.step({"w": np.ones(4, np.float32)})
+            (stream,) = server.registry.streams
+            assert stream.transport == "packets"
+            stream.check()
+    with numpy_server(**settings, unix_socket=str(tmp_path / "s")) as server:
         with stepwire.connect(f"unix:{server.unix_socket}") as client:
             assert client.info().sessions == 0

@@ -23,7 +23,7 @@ import stepwire
 from tests.integration.callers.line import CHUNK_BYTES, Clock, Fault, Line, LineServer, connected
 from tests.integration.callers.run import CALL, Operation, Run
 
-EXAMPLES = int(os.environ.get("STEPWIRE_CALLERS_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("STEPWIRE_CALLERS_EXAMPLES", "60" if "CI" in os.environ else "20"))
 PARTS = -(-EXAMPLES // 2000)
 """The examples of a long run are dealt to so many tests, since hypothesis remembers what a test has tried."""
 KINDS = ("step", "step", "overlapped", "pair", "again", "again", "load", "pull", "attach", "take over", "detach")

@@ -81,3 +81,24 @@ def test_an_old_owner_tells_health_checks_that_it_serves_nothing(tmp_path: pathl
             old._look_at_owner()
             new._look_at_owner()
             assert [health_of(old), health_of(old, ""), health_of(new)] == ["NOT_SERVING", "NOT_SERVING", "SERVING"]
+
+
+@pytest.mark.parametrize("which", ["port", "socket", "settings"])
+def test_a_server_that_cannot_start_leaves_the_directory_to_its_owner(tmp_path: pathlib.Path, which: str) -> None:
+    """A second start by mistake, as of a unit that is started twice, ends nobody's training."""
+    folder, path = str(tmp_path / "data"), str(tmp_path / "sock")
+    with numpy_server(data_dir=folder, unix_socket=path) as server, stepwire.connect(server.target) as client:
+        session = _session(client)
+        session.step(ONES)
+        wrong: dict[str, dict[str, str]] = {
+            "port": {"bind": server.target},
+            "socket": {"bind": f"unix:{path}"},
+            "settings": {"standby": "required"},
+        }
+        with (
+            pytest.raises(stepwire.InvalidRequestError, match="is taken|another process does|not both"),
+            numpy_server(data_dir=folder, **wrong[which]),
+        ):
+            pass
+        np.testing.assert_array_equal(session.step(ONES)["w"], -2.0 * ONES["w"])
+        assert (session.info().epoch, health_of(server)) == (1, "SERVING")

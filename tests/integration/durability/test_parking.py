@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from stepwire.v1 import optimizer_pb2, session_pb2, tensor_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.server import Server
 from stepwire_server.sessions import exchange
-from tests.integration.events import Happenings
+from tests.integration.events import PATIENCE_SECONDS, Happenings
 from tests.integration.probes import half_applied, stream_ends
 from tests.support.numpy_server import numpy_server
 from tests.support.raw import RawClient, step_message
@@ -108,6 +109,34 @@ def test_a_replay_after_parking_returns_the_result_of_its_step(serve: Serve) -> 
         again = server.registry.get(session.session_id)
         assert again is not served
         assert again.ledger.last_result == last
+
+
+def test_the_kernels_of_a_session_that_comes_back_keep_nobody_waiting(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = serve()
+    with server.connect() as client:
+        session = created(client)
+        session.step(gradient(1))
+        assert server.park(session)
+        (device,) = server.registry.pool
+        prepare, begun, go_on = device.engine.prepare, threading.Event(), threading.Event()
+        back: list[Any] = []
+
+        def slowly(*arguments: Any) -> None:
+            if threading.current_thread() is returning:
+                begun.set()
+                assert go_on.wait(PATIENCE_SECONDS)
+            prepare(*arguments)
+
+        monkeypatch.setattr(device.engine, "prepare", slowly)
+        returning = threading.Thread(target=lambda: back.append(server.registry.get(session.session_id)))
+        returning.start()
+        assert begun.wait(PATIENCE_SECONDS)
+        created(client)
+        go_on.set()
+        returning.join(PATIENCE_SECONDS)
+        assert [each.ledger.applied_step for each in back] == [1]
 
 
 def test_a_session_in_use_is_not_parked(serve: Serve) -> None:

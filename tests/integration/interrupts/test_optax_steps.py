@@ -61,6 +61,10 @@ class Training:
                 self.update(grads)
         except KeyboardInterrupt:
             return self._state is before
+        except SystemError as error:  # of NumPy, whose call of JAX's `__numpy_dtype__` was interrupted
+            if not isinstance(error.__cause__, KeyboardInterrupt):
+                raise
+            return self._state is before
         return False
 
     def close(self) -> None:

@@ -26,6 +26,9 @@ pytestmark = pytest.mark.many
 SIZE = 40_000
 """Elements of a tensor; a message holds 16,384 of them in float32."""
 
+SMALL = 500
+"""Elements of a tensor of a step that fits into packets."""
+
 
 class Kind(NamedTuple):
     """A kind of step.
@@ -35,12 +38,14 @@ class Kind(NamedTuple):
         creation: the options of the session.
         step: the options of its steps.
         servers: the servers of the session.
+        memory: they share memory; else the session is small enough for packets.
     """
 
     transport: str
     creation: dict[str, Any] = {}
     step: dict[str, Any] = {}
     servers: int = 1
+    memory: bool = True
 
 
 KINDS = {
@@ -48,6 +53,8 @@ KINDS = {
     "uds": Kind("uds", {"clip_grad_norm": 1.0}),
     "shm": Kind("shm"),
     "packets": Kind("packets"),
+    "packets without memory": Kind("packets", {}, {"reply": "parameters"}, memory=False),
+    "packets by an errand": Kind("packets", {}, {"on_tensor": lambda name, values: None}),
     "overlap": Kind("tcp", {"non_finite": "allow"}, {"overlap": True}),
     "changed": Kind("tcp", {"reply_dtype": "bfloat16"}, {"reply": "changed"}),
     "int8": Kind("tcp", {"gradient_dtype": "int8", "error_feedback": True}),
@@ -59,41 +66,47 @@ Place = tuple[type[Arrival] | type[Departure], int]
 @pytest.fixture(scope="module")
 def servers() -> Iterator[list[Server]]:
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(numpy_server(max_chunk_bytes=64 << 10)) for _ in range(2)]
+        with_memory = [stack.enter_context(numpy_server(max_chunk_bytes=64 << 10)) for _ in range(2)]
+        yield [*with_memory, stack.enter_context(numpy_server(shared_memory=False))]
 
 
 @pytest.fixture(scope="module", params=list(KINDS))
 def opened(request: pytest.FixtureRequest, servers: list[Server]) -> Iterator[Callable[[], stepwire.Session]]:
     """Open a session of a kind, after its first step."""
     kind = KINDS[request.param]
-    targets = [server.target for server in servers[: kind.servers]]
+    targets = [server.target for server in (servers[: kind.servers] if kind.memory else servers[-1:])]
+    size = SIZE if kind.memory else SMALL
     retry = stepwire.Retry(initial_seconds=0.001, max_seconds=0.01)
     with stepwire.connect(targets, transport=kind.transport, timeout=30.0, retry=retry) as client:
 
         def start() -> stepwire.Session:
             names = ("a", "b")
-            session = client.create_session(dict.fromkeys(names, np.zeros(SIZE, np.float32)), **kind.creation)
+            session = client.create_session(dict.fromkeys(names, np.zeros(size, np.float32)), **kind.creation)
             session.step = functools.partial(session.step, **kind.step)  # type: ignore[method-assign]
-            session.step(gradient(1))
+            session.step(gradient(1, size))
             return session
 
         yield start
 
 
-def gradient(number: int) -> dict[str, Any]:
+def gradient(number: int, size: int) -> dict[str, Any]:
     draw = np.random.default_rng(number)
-    return {name: draw.standard_normal(SIZE).astype(np.float32) for name in ("a", "b")}
+    return {name: draw.standard_normal(size).astype(np.float32) for name in ("a", "b")}
+
+
+def gradient_of(session: stepwire.Session, number: int) -> dict[str, Any]:
+    return gradient(number, *session.shapes["a"])
 
 
 def course(session: stepwire.Session, *numbers: int) -> list[bytes]:
     """Take steps, and return their replies."""
-    replies: list[Any] = [session.step(gradient(number)) for number in numbers]
+    replies: list[Any] = [session.step(gradient_of(session, number)) for number in numbers]
     return [b"".join(reply[name].tobytes() for name in ("a", "b")) for reply in replies]
 
 
 def interrupted(session: stepwire.Session, place: Arrival | Departure) -> bool:
     """Take the second step, and tell whether it was interrupted."""
-    second = gradient(2)
+    second = gradient_of(session, 2)
     try:
         with place:
             session.step(second)
@@ -110,7 +123,7 @@ def places(opened: Callable[[], stepwire.Session], seed: str) -> list[Place]:
             place = kind()
             assert not interrupted(session, place)
             count = place.points if isinstance(place, Arrival) else place.lines
-            found += [(kind, at) for at in chosen(count, seed)]
+            found += [(kind, at) for at in chosen(count, seed)] if count else []  # a direct step has no errand
     return found
 
 

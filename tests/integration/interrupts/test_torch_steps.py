@@ -25,18 +25,21 @@ class Kind(NamedTuple):
         options: the options of the optimizer.
         dtype: the name of the dtype of its model.
         backward: the backward pass is interrupted as well as the step.
+        direct: the caller's thread makes the step itself, so there is no errand to leave.
     """
 
     options: dict[str, Any]
     dtype: str = "float32"
     backward: bool = False
+    direct: bool = False
 
 
 KINDS = {
     "tcp": Kind({"transport": "tcp"}),
     "shm": Kind({"transport": "shm"}),
     "bfloat16": Kind({"transport": "uds"}, dtype="bfloat16"),
-    "views": Kind({"transport": "packets", "shared_views": True}),
+    "views": Kind({"transport": "packets", "shared_views": True}, direct=True),
+    "packets": Kind({"transport": "packets"}, direct=True),
     "early": Kind({"transport": "tcp", "send_in_backward": True}, backward=True),
 }
 
@@ -120,7 +123,7 @@ def begun(target: str, kind: Kind) -> Iterator[Training]:
 
 
 def places(target: str, kind: Kind, seed: str) -> Iterator[Arrival | Departure]:
-    for place in (Arrival, Departure)[: 1 if kind.backward else 2]:
+    for place in (Arrival, Departure)[: 1 if kind.backward or kind.direct else 2]:
         with begun(target, kind) as training:
             counted = place()
             assert not training.interrupted(counted)

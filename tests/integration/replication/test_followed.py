@@ -56,6 +56,7 @@ def test_tables_and_loads_are_followed(tmp_path: pathlib.Path) -> None:
         pair.upkeep.look()  # it is brought whole, with the numbers of its rows
         session.step(rows(2))
         session.load({"w": np.zeros(3, np.float32), "table": np.ones((8, 2), np.float32)})
+        session.load_rows({"table": Rows([7, 2], np.full((2, 2), 3.0, np.float32))})
         session.step(rows(3))
         assert is_alike(pair)
         expected = session.pull()

@@ -15,6 +15,8 @@ from stepwire.connection.retry import Retry
 from stepwire.errors import Reason
 from stepwire_server.replication.claims import Claims
 from stepwire_server.replication.joining import Joining
+from stepwire_server.replication.outbox import Subject
+from stepwire_server.replication.records import RecordKind
 from stepwire_server.server import Server
 from tests.integration.replication.pair import ELEMENTS, SHARD, START, Pair, gradient, pair_in
 from tests.support.health import health_of
@@ -238,3 +240,39 @@ def test_a_pair_without_a_directory(tmp_path: pathlib.Path) -> None:
         with stepwire.connect(second.target, timeout=30.0) as other:
             info = other.session(session.session_id).info()
             assert (info.applied_step, info.epoch) == (2, 4)
+
+
+def test_a_state_that_cannot_be_read_just_now_says_nothing_against_the_standby(tmp_path: pathlib.Path) -> None:
+    with pair_in(tmp_path) as pair, stepwire.connect(pair.primary.target, timeout=30.0) as client:
+        session = pair.create(client)
+        (replica,) = pair.speaker.replicas.values()
+        synced = replica.synced
+        with replica.session.exchange.captured():  # somebody else reads it
+            pair.upkeep.compare()
+        assert (replica.synced, replica.retry_at) == (synced, 0.0)
+        assert session.step(gradient(0))["w"].shape == (ELEMENTS,)
+
+
+def test_a_standby_that_ends_while_records_come_is_forgotten_and_deposes_nobody(tmp_path: pathlib.Path) -> None:
+    with pair_in(tmp_path) as pair:
+        call, follower, speaker = pair.standby.replication._call, pair.standby.replication._follower, pair.speaker
+        assert call is not None and follower is not None
+        received, leave, refused = call._received, follower.leave, threading.Event()
+
+        def receive(data: bytes) -> None:
+            try:
+                received(data)
+            finally:
+                refused.set()
+
+        def leaves() -> None:  # a record comes before the primary has heard
+            leave()
+            call._received = receive  # type: ignore[method-assign]
+            speaker.send(Subject(RecordKind.LOOK))
+            assert refused.wait(30.0)
+
+        follower.leave = leaves  # type: ignore[method-assign]
+        call.close()
+        with speaker.outbox.changed:
+            assert speaker.outbox.changed.wait_for(lambda: not speaker.standby_id or speaker.deposed, 30.0)
+        assert (speaker.deposed, speaker.standby_id) == (False, "")

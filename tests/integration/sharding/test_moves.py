@@ -114,8 +114,8 @@ def test_a_directory_says_what_is_wrong(tmp_path: pathlib.Path) -> None:
     calls = calls_to(f"directory:{tmp_path}", timeout=1.0)
     assert calls.target == f"directory:{tmp_path}/a"
     calls.close()
-    with pytest.raises(stepwire.UnavailableError, match="names no shard"):  # its files are no shards
-        stepwire.connect(f"directory:{tmp_path}/a")
+    with stepwire.connect(f"directory:{tmp_path}/a") as client:  # one shard of it
+        assert client.target == f"directory:{tmp_path}/a"
     directory.announce("b", 1, "127.0.0.1:4")
     with pytest.raises(stepwire.InvalidRequestError, match=r"has 2 shards, .* that of the first, '127.0.0.1:3'"):
         calls_to(f"directory:{tmp_path}", timeout=1.0)
@@ -124,7 +124,7 @@ def test_a_directory_says_what_is_wrong(tmp_path: pathlib.Path) -> None:
     with pytest.raises(stepwire.InvalidRequestError, match="no name of a shard"):
         directory.announce("../a", 1, "127.0.0.1:2")
     for settings, problem in (
-        ({"shard": "a"}, "needs --directory"),
+        ({"advertise": "a:1"}, "needs --directory"),
         ({"directory": str(tmp_path), "shard": "a"}, "needs --data-dir, or --standby"),
         ({"directory": str(tmp_path), "data_dir": str(tmp_path / "data")}, "needs --shard"),
     ):

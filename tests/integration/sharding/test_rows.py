@@ -70,6 +70,7 @@ def state_of(session: stepwire.Session) -> Any:
     return state.step, state.tensor_steps, {slot: plain(named) for slot, named in state.slots.items()}
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     "options", [{}, {"non_finite": "allow"}, {"clip_grad_norm": 1.0}], ids=["reject", "allow", "norm"]
 )
@@ -172,6 +173,32 @@ def test_workers_step_shards_of_tables(one: stepwire.Client, targets: list[str],
         assert state_of(sessions[0]) == state_of(alone)
 
 
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_worker_loads_after_steps_that_another_made(targets: list[str], mode: Any) -> None:
+    """Rows, and whole parameters: the number of a worker's own contributions is not the step of the session."""
+    way = {"aggregation": stepwire.Aggregation(workers=2, mode=mode), "request_id": uuid.uuid4().hex}
+    zeros = {"t": np.zeros((5000, 64), np.float32), "w": np.zeros(3, np.float32)}
+    gradient = {"t": Rows([1], np.ones((1, 64), np.float32)), "w": np.ones(3, np.float32)}
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(stepwire.connect(targets)) for _ in range(2)]
+        sessions = [
+            each.create_session(zeros, worker=at, tables={"t": "skipped"}, **way) for at, each in enumerate(clients)
+        ]
+        steps = [functools.partial(each.step, gradient) for each in sessions]
+        if mode == "sync":
+            together(*steps)
+        else:
+            steps[0](), steps[0](), steps[1]()
+        sessions[1].load_rows({"t": Rows([4999, 0], np.full((2, 64), 7.0, np.float32))})
+        found: Any = sessions[0].pull()
+        assert found["t"][[4999, 0, 2], 0].tolist() == [7.0, 7.0, 0.0]
+        sessions[0].load(zeros)
+        assert sessions[1].pull(rows={"t": [4999, 1]})["t"].values.max() == 0.0  # type: ignore[call-overload]
+        assert [shard.info().applied_step for shard in sessions[0].shards] == [1 if mode == "sync" else 3] * len(
+            sessions[0].shards
+        )
+
+
 def test_a_load_of_moments_is_refused_before_a_shard_has_it(many: stepwire.Client) -> None:
     with many.create_session(start(), tables=MEANINGS) as session:
         session.step(drawn(1))
@@ -180,3 +207,31 @@ def test_a_load_of_moments_is_refused_before_a_shard_has_it(many: stepwire.Clien
         session.load(start())
         session.step(drawn(2))
         assert session.applied_step == 2
+
+
+@pytest.mark.many
+@pytest.mark.parametrize(
+    ("optimizer", "meaning"),
+    [
+        (ADAM, None),
+        (ADAM, "skipped"),
+        (stepwire.Adagrad(lr=0.1, initial_accumulator_value=0.5), "row_wise"),
+        (stepwire.SGD(lr=0.1), "torch_sparse"),
+    ],
+    ids=["mixed", "skipped", "row_wise", "sgd"],
+)
+def test_tables_move_with_the_numbers_of_their_rows(
+    one: stepwire.Client, targets: list[str], optimizer: Any, meaning: str | None
+) -> None:
+    tables = MEANINGS if meaning is None else dict.fromkeys(MEANINGS, meaning)
+    shared: dict[str, Any] = {"optimizer": optimizer, "tables": tables, "groups": GROUPS}
+    with stepwire.connect(targets[:2]) as client:
+        with one.create_session(start(), **shared) as whole, client.create_session(start(), **shared) as cut:
+            for step in range(7):
+                if step in (2, 4, 5):
+                    onto = {2: targets, 4: targets[2:], 5: targets[::-1][:2]}[step]
+                    stepwire.move_session(cut.session_id, targets, onto)
+                assert plain(cut.step(drawn(step))) == plain(whole.step(drawn(step)))
+            if meaning != "row_wise":  # of which no state has the sums, and each step of which shows them
+                assert state_of(cut) == state_of(whole)
+            assert plain(cut.pull()) == plain(whole.pull())

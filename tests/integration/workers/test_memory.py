@@ -65,7 +65,7 @@ def step(sessions: list[Any], gradient: dict[str, Any]) -> None:
 keeps_connections = pytest.mark.xfail(raises=AssertionError, strict=True, reason="every connection has its own memory")
 
 
-@pytest.mark.parametrize("workers", [2, 8, pytest.param(64, marks=keeps_connections)])
+@pytest.mark.parametrize("workers", [2, 8, pytest.param(64, marks=[keeps_connections, pytest.mark.long])])
 def test_the_peak_of_the_server_does_not_grow_with_the_workers(workers: int) -> None:
     draw = np.random.default_rng(1)
     gradient = {"w": draw.standard_normal(SIZE, np.float32).astype(ml_dtypes.bfloat16)}

@@ -89,9 +89,9 @@ def test_a_worker_that_fails_between_the_phases_gets_the_answer_of_the_round(tar
                 sessions[1].step(GIVEN[1][0])
 
         with pytest.MonkeyPatch.context() as patched:
-            dying = Coordinator(1, 2, sessions[1]._link._bounds)
+            dying = Coordinator(1, 2, sessions[1]._link._link._bounds)
             patched.setattr(dying, "decide", decide)
-            patched.setattr(sessions[1]._link, "_coordinator_of", lambda step: dying)
+            patched.setattr(sessions[1]._link._link, "_coordinator_of", lambda step: dying)
             first, _, third = together(
                 lambda: sessions[0].step(GIVEN[0][0]), fail, lambda: sessions[2].step(GIVEN[2][0])
             )

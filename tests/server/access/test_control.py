@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
+import msgspec
 import pytest
 from grpc_health.v1 import health_pb2
 
@@ -11,7 +12,7 @@ from stepwire.errors import AuthenticationError, InvalidRequestError, Permission
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import replication_service_pb2
 from stepwire_server.access.control import AccessControl, Caller
-from stepwire_server.access.identity import EVERYBODY, METHODS, METRICS_PATH, STATUS_PATH, Role
+from stepwire_server.access.identity import EVERYBODY, METHODS, METRICS_PATH, OF_ALL_TENANTS, STATUS_PATH, Role
 from stepwire_server.access.tokens import TokenFile, TokenRecord, digest_of, new_token, read_tokens, write_tokens
 
 STEP = "/stepwire.v1.OptimizerService/Step"
@@ -49,6 +50,21 @@ def test_a_method_that_is_in_no_table_is_nobodys(path: pathlib.Path) -> None:
         access.admit("/stepwire.v1.OptimizerService/Unheard", f"Bearer {token}")
     with pytest.raises(PermissionDeniedError):
         AccessControl().admit("/stepwire.v1.OptimizerService/Unheard", None)
+
+
+def test_a_token_of_a_tenant_calls_nothing_that_is_of_all_tenants(path: pathlib.Path) -> None:
+    roles = {METRICS_PATH: Role.METRICS}
+    assert OF_ALL_TENANTS < METHODS.keys()
+    assert {method for method in METHODS if "ReplicationService" in method} < OF_ALL_TENANTS
+    for method in OF_ALL_TENANTS:
+        for role in (Role.ADMIN, roles.get(method, Role.ADMIN)):
+            tenants, whole = new_token(), new_token()
+            records = [record(tenants, role=role), record(whole, "root", role=role)]
+            write_tokens(path, [msgspec.structs.replace(records[0], tenant="lab"), records[1]])
+            access = AccessControl(TokenFile(path))
+            assert access.admit(method, f"Bearer {whole}").sees is None
+            with pytest.raises(PermissionDeniedError, match=f"is of the tenant 'lab', and {method} is of all tenants"):
+                access.admit(method, f"Bearer {tenants}")
 
 
 def test_without_tokens_everybody_is_admitted() -> None:

@@ -147,7 +147,7 @@ def test_a_server_that_loses_its_device_ends_with_exit_code_75(monkeypatch: pyte
     monkeypatch.setattr(cli.heap, "configure", lambda: None)
     monkeypatch.setattr(cli.os, "_exit", codes.append)
     cli._serve(ServerConfig())
-    assert codes == [cli.DEVICE_LOST_EXIT_CODE] == [75]
+    assert codes == [cli.RESTART_EXIT_CODE] == [75]
 
 
 @pytest.fixture

@@ -114,6 +114,7 @@ def assert_close(found: Any, wanted: Any) -> None:
         np.testing.assert_allclose(found[name], wanted[name], rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("name", "options"), EVERY_RULE)
 def test_torch_goes_on_from_an_export(client: Any, exported: Any, name: str, options: dict[str, Any]) -> None:
     torch = pytest.importorskip("torch")
@@ -134,6 +135,7 @@ def test_torch_goes_on_from_an_export(client: Any, exported: Any, name: str, opt
     assert_close(session.pull(), local)
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(("name", "options"), EVERY_RULE)
 def test_a_session_goes_on_from_torch(
     imported: Any, tmp_path: pathlib.Path, name: str, options: dict[str, Any]
@@ -156,6 +158,7 @@ def test_a_session_goes_on_from_torch(
 WIDE = {"wide": np.linspace(-1, 1, 8192, dtype=np.float32), "small": np.ones(5, np.float32)}
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     "options",
     [
@@ -219,6 +222,39 @@ def test_sums_of_rows_go_out_as_torchrec_has_them(
     assert code and "keras has no counterpart of one sum a row" in err
     code, _, err = command("state", "import", str(file), "-t", server.target, "--form", "torch")
     assert code and "no load brings numbers of rows; fork the session" in err
+
+
+@pytest.mark.parametrize("meaning", ["row_counter", "skipped", "torch_sparse"])
+@pytest.mark.parametrize("capacity", [12, 3])
+def test_rows_by_ids_go_out_with_their_ids(
+    client: Any, command: Any, server: Server, exported: Any, folder: pathlib.Path, meaning: str, capacity: int
+) -> None:
+    """By rising id, without empty places, also of a full table; with the numbers and the ages of rows."""
+    table = stepwire.Table((capacity, 3), meaning, 0.5, 7, hashed=True, max_age_steps=9)
+    other = stepwire.Table((2, 2), "row_counter")
+    session = client.create_session({"t": table, "other": other}, durability="checkpoint")
+    nothing = stepwire.Rows([], np.ones((0, 2), np.float32))
+    for ids in ([2**63 - 1, 5], [5, 77], [5]):
+        session.step({"t": stepwire.Rows(ids, np.ones((len(ids), 3), np.float32)), "other": nothing})
+    session.step(
+        {"t": stepwire.Rows([], np.ones((0, 3), np.float32)), "other": stepwire.Rows([1], np.ones((1, 2), np.float32))}
+    )
+    pulled = session.pull()
+    found = read_tensor_file(file := exported(session, "torch")).tensors
+    assert found["row_ids.t"].read().tolist() == pulled["t"].indices.tolist() == [5, 77, 2**63 - 1]
+    assert found["param.t"].read().tobytes() == pulled["t"].values.tobytes()
+    assert found["state.t.exp_avg"].shape == (3, 3) and np.all(found["state.t.exp_avg"].read() != 0)
+    assert found["row_ages.t"].read().tolist() == [3, 2, 1]
+    numbers = {"row_counter": [3, 1, 1], "skipped": [3, 2, 1]}.get(meaning)
+    assert ("row_numbers.t" in found) == (numbers is not None)
+    assert numbers is None or found["row_numbers.t"].read().tolist() == numbers
+    assert found["row_numbers.other"].read().tolist() == [0, 1]
+    place = (session.session_id, str(file) + ".2", "--data-dir", str(folder), "--form", "optax")
+    code, _, err = command("state", "export", *place)
+    assert code and "optax has no counterpart of rows by ids, of table 't'" in err
+    code, _, err = command("state", "import", str(file), "-t", server.target, "--form", "torch")
+    assert code and "rows of table 't' are named by ids, and no load brings ids; fork the session" in err
+    assert len(list(client.sessions())) == 1
 
 
 def test_a_session_that_exists_gets_the_state(command: Any, server: Server, client: Any, exported: Any) -> None:
@@ -332,6 +368,7 @@ def one(**changes: object) -> dict[str, object]:
     return {"param.w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8], **changes}}
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("data", "said"),
     [
@@ -366,6 +403,7 @@ def good() -> dict[str, np.ndarray]:
 ADAM = {"optimizer": '{"name": "Adam"}'}
 
 
+@pytest.mark.many
 @pytest.mark.parametrize(
     ("changes", "metadata", "said"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import itertools
 import json
@@ -74,7 +75,7 @@ def test_nan_and_damage_are_alarming() -> None:
 @pytest.fixture
 def run(command: Any, server: Any) -> Any:
     """Run the command on the server for one snapshot."""
-    return lambda *arguments: command("top", "-t", server.target, "--count", "1", *arguments)
+    return lambda *arguments: command("top", "-t", server.target, "--count", "1", "--timeout", "100", *arguments)
 
 
 @pytest.fixture
@@ -121,6 +122,8 @@ def test_json_has_no_nan() -> None:
 
 
 def test_a_terminal_is_redrawn(run: Any, sessions: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    rich = pytest.importorskip("rich")
+    monkeypatch.setattr(rich, "_console", importlib.import_module("rich.console").Console(width=20))  # of a test before
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "160")

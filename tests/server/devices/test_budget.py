@@ -7,7 +7,7 @@ import threading
 import pytest
 
 from stepwire.errors import Reason, ResourceExhaustedError
-from stepwire_server.devices.budget import MemoryBudget
+from stepwire_server.devices.budget import MemoryBudget, Reservation
 
 
 def test_bytes_are_reserved_and_released() -> None:
@@ -86,3 +86,21 @@ def test_statistics_are_a_record_of_one_moment() -> None:
     reservation.release()
     assert before == (100, 60, 0)
     assert budget.statistics() == (100, 0, 60)
+
+
+def test_a_reservation_may_end_in_the_middle_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The collector ends abandoned streams in whatever thread it runs, and that one may have the lock."""
+    budget = MemoryBudget(100)
+    first, made = budget.reserve(60, "a"), []
+
+    def collecting(owner: MemoryBudget, nbytes: int) -> Reservation:
+        first.release()
+        made.append(Reservation(owner, nbytes))
+        return made[-1]
+
+    monkeypatch.setattr("stepwire_server.devices.budget.Reservation", collecting)
+    reserving = threading.Thread(target=budget.reserve, args=(40, "b"), daemon=True)
+    reserving.start()
+    reserving.join(60.0)
+    assert not reserving.is_alive(), "it waits for itself"
+    assert (budget.reserved_bytes, made[0].nbytes) == (40, 40)

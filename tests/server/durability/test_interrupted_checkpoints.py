@@ -92,6 +92,7 @@ def newest_name(store: CheckpointStore) -> str:
     return checkpoint.name
 
 
+@pytest.mark.many
 @Ways
 def test_a_failed_write_leaves_the_older_checkpoint(tmp_path: pathlib.Path, way: dict[str, Any]) -> None:
     old = write_checkpoint(CheckpointStore(Disk(), tmp_path / "checkpoints"), "old", OLD, make_manifest(1))
@@ -217,6 +218,7 @@ def test_short_writes_and_reads_change_nothing(tmp_path: pathlib.Path, most: int
     assert (encode_manifest(manifest), bits(values)) == (encode_manifest(written), bits(NEW))
 
 
+@pytest.mark.many
 @Ways
 @pytest.mark.parametrize("name", ["old", "new"])
 def test_an_interrupted_deletion_leaves_a_valid_store(tmp_path: pathlib.Path, way: dict[str, Any], name: str) -> None:
@@ -250,6 +252,7 @@ def test_an_interrupted_deletion_leaves_a_valid_store(tmp_path: pathlib.Path, wa
     ]
 
 
+@pytest.mark.many
 @Ways
 def test_an_interrupted_pruning_leaves_a_valid_store(tmp_path: pathlib.Path, way: dict[str, Any]) -> None:
     store = CheckpointStore(Disk(), tmp_path / "checkpoints")
@@ -273,6 +276,7 @@ def test_an_interrupted_pruning_leaves_a_valid_store(tmp_path: pathlib.Path, way
     leftover.abort()
 
 
+@pytest.mark.many
 @Ways
 def test_an_interrupted_link_leaves_both_stores_valid(tmp_path: pathlib.Path, way: dict[str, Any]) -> None:
     source = CheckpointStore(Disk(), tmp_path / "source")

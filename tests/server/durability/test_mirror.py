@@ -105,6 +105,7 @@ def test_the_store_has_what_the_disk_has(own: Own, objects: MemoryObjects) -> No
     assert [info.name for info in second.archive.checkpoints(ONE).list()] == [automatic_name(5, 1), "best"]
 
 
+@pytest.mark.many
 @pytest.mark.slow
 @pytest.mark.parametrize("afterwards", [False, True])
 @pytest.mark.parametrize("happening", [away, ended], ids=["failure", "end"])

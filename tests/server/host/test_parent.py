@@ -8,6 +8,7 @@ import sys
 import threading
 
 import pytest
+from structlog.testing import capture_logs
 
 from stepwire_server.host.parent import follow
 
@@ -15,7 +16,10 @@ PATIENCE_SECONDS = 30.0
 
 FOLLOWER = """
 import os, sys, threading
+import structlog
 from stepwire_server.host import parent
+
+structlog.configure(logger_factory=structlog.PrintLoggerFactory(sys.stderr))
 
 def old_kernel(pid):
     raise OSError
@@ -68,8 +72,10 @@ def test_a_parent_that_has_ended_before_stops_the_server_at_once() -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     stopped = threading.Event()
-    follow(gone.pid, stopped.set)
+    with capture_logs() as lines:
+        follow(gone.pid, stopped.set)
     assert stopped.is_set()
+    assert lines == [{"event": "the parent ended", "pid": gone.pid, "log_level": "warning"}]
 
 
 def test_nobody_is_followed_without_a_number() -> None:

@@ -226,6 +226,33 @@ FRAMES = st.builds(
 LOAD_FAULTS = [
     "short", "gap", "overlap", "foreign slot", "no commit", "rows", "open", "payload", "garbage", "worker", "unopened",
 ]  # fmt: skip
+ALIKE = st.builds(
+    WholeStep,
+    stream=st.sampled_from([0, 0, 0, 1]),
+    begin=st.just(Begin()),
+    gradient=GRADIENTS,
+    cuts=st.just(()),
+    seed=st.just(0),
+    in_one=st.just(True),
+    slip=st.just(""),
+)
+"""Steps that differ in their gradients alone, most of them on one stream: a compiled lane makes those."""
+
+LOOP_CONFIGS = st.builds(
+    Config,
+    layout=st.just(0),
+    policy=st.integers(0, 3),
+    amsgrad=st.just(False),
+    decoupled=st.just(False),
+    weight_decay=st.just(0.125),
+    maximize=st.just(False),
+    corrected=st.just(True),
+    zeros=st.just(True),
+    gradient_dtype=st.sampled_from([0, 1]),
+    reply_dtype=st.sampled_from([0, 1]),
+)
+"""Configs whose usual steps have one loop."""
+
 OPERATIONS: st.SearchStrategy[Any] = st.one_of(
     *[WHOLE_STEPS] * 6,
     *[FRAMES] * 2,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 
@@ -11,6 +13,7 @@ import pytest
 
 from stepwire.errors import InvalidRequestError
 from stepwire_server.config import ServerConfig
+from stepwire_server.monitoring.connections import Connections
 from stepwire_server.monitoring.endpoint import Address, Endpoint, Request, Response, checked_address
 
 
@@ -72,11 +75,70 @@ def test_silent_connections_do_not_keep_others_out(endpoint: Endpoint, ask: Call
         connection.close()
 
 
-def test_more_connections_than_it_takes_are_dropped(endpoint: Endpoint) -> None:
-    open_ = [socket.create_connection(("127.0.0.1", endpoint.port), timeout=60) for _ in range(33)]
-    assert open_[-1].recv(1) == b"", "the server has closed it"
+def test_a_request_that_never_ends_gives_up_its_place(
+    endpoint: Endpoint, ask: Callable[..., http.client.HTTPResponse]
+) -> None:
+    open_ = [socket.create_connection(("127.0.0.1", endpoint.port), timeout=60) for _ in range(32)]
+    for connection in open_:
+        connection.sendall(b"GET / HTTP/1.0\r\nx-name: A")
+    assert ask("GET", "/").status == 200
+    assert open_[0].recv(1) == b"", "the oldest is displaced"
+    open_[-1].sendall(b"nn\r\n\r\n")
+    assert open_[-1].makefile("rb").read().endswith(b"/ None Ann")
     for connection in open_:
         connection.close()
+
+
+def test_responses_keep_their_places_and_a_connection_more_is_dropped() -> None:
+    arrived, going = threading.Semaphore(0), threading.Event()
+
+    def wait(request: Request) -> Response:
+        arrived.release()
+        going.wait(60.0)
+        return respond(request)
+
+    endpoint = Endpoint(Address("127.0.0.1", 0, loopback=True), "metrics", wait)
+    endpoint.start()
+    open_ = []
+    for _ in range(32):
+        open_.append(socket.create_connection(("127.0.0.1", endpoint.port), timeout=60))
+        open_[-1].sendall(b"GET / HTTP/1.0\r\n\r\n")
+        assert arrived.acquire(timeout=60.0)
+    with socket.create_connection(("127.0.0.1", endpoint.port), timeout=60) as beyond:
+        assert beyond.recv(1) == b"", "the server has closed it"
+    going.set()
+    assert [connection.makefile("rb").read().endswith(b"/ None None") for connection in open_] == [True] * 32
+    endpoint.close()
+    for connection in open_:
+        connection.close()
+
+
+@pytest.mark.parametrize("lines", [1, 40])
+def test_a_request_has_a_largest_size(endpoint: Endpoint, lines: int) -> None:
+    with socket.create_connection(("127.0.0.1", endpoint.port), timeout=60) as connection:
+        connection.sendall(b"GET / HTTP/1.0\r\n" + (b"x: " + bytes([120]) * (40_000 // lines) + b"\r\n") * lines)
+        assert connection.recv(12) == b"HTTP/1.0 431"
+
+
+def test_slow_requests_end_however_often_they_send_a_byte() -> None:
+    now = [0.0]
+    connections = Connections(3, 10.0, lambda: now[0])
+    with contextlib.ExitStack() as stack:
+        ends = [[stack.enter_context(end) for end in socket.socketpair()] for _ in range(4)]
+        for index, (mine, _) in enumerate(ends[:3]):
+            now[0] = float(index)
+            assert connections.enter(mine)
+        connections.asked(ends[0][0])
+        now[0] = 11.5
+        connections.end_slow()
+        assert ends[1][1].recv(1) == b""
+        for mine, other in (ends[0], ends[2]):
+            mine.sendall(b"x")
+            assert other.recv(1) == b"x"
+        assert connections.enter(ends[3][0])
+        connections.leave(ends[0][0])
+        assert connections.enter(ends[1][0])
+        connections.asked(ends[2][0])
 
 
 def test_closing_twice_is_harmless_and_frees_the_port(endpoint: Endpoint) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -10,14 +11,17 @@ import pytest
 from stepwire.errors import FencedError, InvalidRequestError
 from stepwire.optimizers import Hyperparameters
 from stepwire.wire.dtypes import FLOAT32
+from stepwire_server.monitoring import histories
 from stepwire_server.monitoring.histories import MOST_POINTS, Histories, History
 from stepwire_server.monitoring.refusals import Refusals
 from stepwire_server.records.committed import Committed
 from stepwire_server.records.round_result import Contributor, RoundResult
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.step_result import GroupResult, StepResult, StepTimes
+from tests.support.interleavings import Interleaving, Turnstile, every_interleaving
 
 NAN = math.nan
+AB = "ab" * 16
 REQUEST = StepRequest(1, 1, FLOAT32, FLOAT32, True, 100, ())
 TIMES = StepTimes(0.0, 0.0, 0.0)
 
@@ -26,11 +30,13 @@ def group(norm: float, lr: float = 0.1) -> GroupResult:
     return GroupResult(norm, Hyperparameters(lr=lr), 1)
 
 
-def committed(step: int, norm: float = 1.0, *, parts: Any = (), worker: int = 0, **fields: Any) -> Committed:
+def committed(
+    step: int, norm: float = 1.0, *, parts: Any = (), worker: int = 0, session: str = AB, **fields: Any
+) -> Committed:
     plain: dict[str, Any] = {"skipped": False, "groups": (group(norm),), "times": TIMES}
     numbers = {"step": step, "epoch": 1, "grad_norm": norm, "non_finite_count": 0 if math.isfinite(norm) else 3}
     result = StepResult(**plain | numbers | fields)
-    return Committed("ab" * 16, worker, 1, REQUEST, result, "tcp", parts)
+    return Committed(session, worker, 1, REQUEST, result, "tcp", parts)
 
 
 def test_steps_of_one_second_are_one_point() -> None:
@@ -131,3 +137,38 @@ def test_refusals_that_repeat_are_one_line() -> None:
     first, second = refusals.last()
     assert first == ("FENCED", "a", 1.0, 2.0, 2)
     assert (second.reason, second.text, second.times) == ("INVALID_CONFIG", "b" * 300, 1)
+
+
+class Shared(dict[str, History]):
+    """A dict with points in it at which another thread may go on."""
+
+    def __init__(self, run: Interleaving) -> None:
+        super().__init__()
+        self.run = run
+
+    def __iter__(self) -> Iterator[str]:
+        found = super().__iter__()
+        self.run.point()
+        return found
+
+
+def test_sessions_that_begin_side_by_side_where_there_are_many_have_their_histories(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(histories, "_MOST_SESSIONS", 2)
+    made: list[Histories] = []
+
+    def scene(run: Interleaving) -> dict[str, Callable[[], object]]:
+        each = Histories(lambda: 0.0)
+        each._histories, each._lock = Shared(run), Turnstile(run)  # type: ignore[assignment]
+        made.append(each)
+
+        def begin(number: int) -> None:
+            each.committed(committed(1, session=f"{number:032x}"))
+
+        run.unnamed(lambda: [begin(number) for number in range(2)])
+        return {"third": lambda: begin(3), "fourth": lambda: begin(4), "sweep": lambda: each.keep({f"{3:032x}"})}
+
+    assert every_interleaving(scene) == len(made) > 6
+    for each in made:
+        assert 1 <= len(each._histories) <= 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import select
+import signal
 import subprocess
 import sys
 
@@ -31,6 +32,16 @@ def test_a_server_process_that_does_not_come_up_says_so(capfd: pytest.CaptureFix
     ):
         raise AssertionError("started")
     assert capfd.readouterr().err == "stepwire: bind: 'nowhere' is not host:port or unix:/path\n"
+
+
+def test_a_server_process_that_ends_too_early_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    with server_process("--device", "cpu") as server:
+        watched = os.pidfd_open(server.pid)
+        os.kill(server.pid, signal.SIGKILL)
+        assert select.select([watched], [], [], 30.0)[0] == [watched]
+        os.close(watched)
+    told = f"the server process {server.pid} ended before it was told to: exit code -9\n"
+    assert capfd.readouterr().err == told
 
 
 _PROGRAM = """

@@ -76,6 +76,9 @@ def test_processors_are_shared_and_each_process_has_one() -> None:
 def test_memory_is_shared() -> None:
     assert cut("memory_budget", processes=4) == [200] * 4, "four fifths of a quarter"
     assert cut("memory_budget", processes=4, memory_budget=43) == [10] * 4
+    assert cut("memory_limit", processes=4) == [250] * 4
+    assert cut("unix_socket", processes=2, tls_cert="c", tls_key="k", tls_client_ca="ca") == ["off"] * 2
+    assert cut("memory_limit", processes=4, memory_limit=43) == [10] * 4
     with pytest.raises(InvalidRequestError, match="memory_budget: 3 bytes for 4 processes; give more"):
         cut("memory_budget", processes=4, memory_budget=3)
 

@@ -85,6 +85,7 @@ def test_processes_are_servers_of_their_own_and_the_parent_loads_no_grpc() -> No
     assert not pathlib.Path("/proc", str(pid)).exists()
 
 
+@pytest.mark.long
 def test_ports_are_written_once_all_serve_and_an_interrupt_is_passed_on(tmp_path: pathlib.Path) -> None:
     """Other tests here end the parent with SIGTERM."""
     port_file = tmp_path / "ports"
@@ -134,6 +135,7 @@ def test_a_process_that_ends_comes_back_without_its_sessions_and_leaves_the_othe
     assert parent.exit_code() == 0
 
 
+@pytest.mark.long
 def test_a_process_that_does_not_come_back_is_tried_ever_less_often(
     parent: ServerProcess, serving: Mapping[str, Any]
 ) -> None:
@@ -150,6 +152,7 @@ def test_a_process_that_does_not_come_back_is_tried_ever_less_often(
     assert parent.exit_code() == 0, "also in the middle of a pause"
 
 
+@pytest.mark.long
 def test_processes_that_do_not_come_up_end_the_parent_with_their_code() -> None:
     command = [sys.executable, "-m", "stepwire_server", "serve", "--processes", "2", "--bind", "127.0.0.1:0"]
     done = subprocess.run(

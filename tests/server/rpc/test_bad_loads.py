@@ -236,7 +236,7 @@ def test_a_load_of_rows_is_refused(live: Any, untouched: Any) -> None:
         lambda: live.load(live.load_opening(2), message),
         "INVALID_ARGUMENT",
         "INVALID_FRAME",
-        "a load brings whole slots",
+        "the load brings whole slots",
         field="chunk.rows",
     )
 

@@ -18,6 +18,17 @@ from stepwire.v1 import optimizer_service_pb2 as pb
 
 pytestmark = pytest.mark.many
 
+
+@pytest.fixture
+def server(lane_server: Any) -> Any:
+    return lane_server
+
+
+@pytest.fixture
+def wire(wire_of_each_kind: Any) -> Any:
+    return wire_of_each_kind
+
+
 CHUNK_BYTES = 64 << 10
 LAST = 2**64 - 1
 NAN, INF = float("nan"), float("inf")

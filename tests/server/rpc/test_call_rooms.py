@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from typing import Any
 
 import pytest
@@ -80,13 +82,57 @@ def test_a_call_at_work_is_not_displaced_and_the_next_one_is_refused(rooms: Call
 def test_administrators_have_places_that_nobody_else_takes(rooms: CallRooms, ended: Ended) -> None:
     for name in "abc":
         enter(rooms, ended, name)
-    admins = [enter(rooms, ended, f"admin/{number}", admin=True) for number in range(8)]
+    admins = [enter(rooms, ended, f"admin/{number}", admin=True) for number in range(24)]
     with pytest.raises(ResourceExhaustedError):
-        enter(rooms, ended, "admin/8", admin=True)
+        enter(rooms, ended, "admin/24", admin=True)
     rooms.leave(admins[0])
     with pytest.raises(ResourceExhaustedError):
         enter(rooms, ended, "d")
-    assert enter(rooms, ended, "admin/8", admin=True).room == CALLS
+    assert enter(rooms, ended, "admin/24", admin=True).room == CALLS
+
+
+def test_a_tenant_with_all_places_keeps_no_other_out(rooms: CallRooms, ended: Ended) -> None:
+    """A call at work is not displaced, and creations of one tenant wait for one another."""
+
+    def of(tenant: str, number: int) -> ClientCall:
+        call = enter(rooms, ended, f"{tenant}/{number}", WATCH)
+        call.tenant = tenant
+        with contextlib.ExitStack() as stack:
+            stack.callback(rooms.leave, call)
+            rooms.move(call, CALLS, lambda: False)
+            stack.pop_all()
+        return call
+
+    for number in range(4):
+        of("greedy", number)
+    with pytest.raises(ResourceExhaustedError):
+        of("greedy", 4)
+    others = [of(name, number) for number in range(3) for name in "abcde"]
+    with pytest.raises(ResourceExhaustedError):
+        of("f", 0)
+    assert enter(rooms, ended, "admin", admin=True).room == CALLS
+    rooms.leave(others[0])
+    rooms.leave(others[1])
+    assert of("f", 0).room == CALLS
+    assert ended == []
+
+
+def test_a_call_may_end_in_the_middle_of_any_other_look(rooms: CallRooms, ended: Ended) -> None:
+    """The collector ends abandoned streams in whatever thread it runs, and that one may have the lock."""
+    calls = [enter(rooms, ended, name) for name in "ab"]
+
+    class Collecting(set[ClientCall]):
+        def __iter__(self) -> Any:
+            rooms.leave(calls[0])
+            return super().__iter__()
+
+    rooms._rooms[CALLS] = Collecting(calls)
+    look = threading.Thread(target=rooms.statistics, daemon=True)
+    look.start()
+    look.join(60.0)
+    assert not look.is_alive(), "it waits for itself"
+    rooms._rooms[CALLS] = set(rooms._rooms[CALLS])
+    assert (rooms.statistics().total, calls[0] in rooms._rooms[CALLS]) == (1, False)
 
 
 def test_a_call_that_moves_leaves_its_room_and_is_at_work(rooms: CallRooms, ended: Ended) -> None:

@@ -16,7 +16,7 @@ import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
-from stepwire.v1 import attach_pb2, optimizer_pb2, session_pb2, state_pb2, step_pb2, tensor_pb2
+from stepwire.v1 import attach_pb2, move_pb2, optimizer_pb2, session_pb2, state_pb2, step_pb2, tensor_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.config import ServerConfig
 from stepwire_server.records.session_config import SessionConfig
@@ -371,7 +371,7 @@ KNOWN_FIELDS: dict[Any, set[str]] = {
     },
     pb.AttachRequest: {"open", "begin", "chunk", "commit", "check", "over_stream", "padding", "payload"},
     pb.StepRequest: {"session_id", "worker", "attach_token", "begin", "payload"},
-    pb.PullRequest: {"session_id", "slots", "dtype", "chunk_bytes", "rows"},
+    pb.PullRequest: {"session_id", "slots", "dtype", "chunk_bytes", "rows", "row_ids"},
     tensor_pb2.TableRows: {"tensor", "rows"},
     pb.LoadRequest: {"open", "slot", "chunk", "commit", "padding", "payload"},
     state_pb2.LoadOpen: {
@@ -384,6 +384,8 @@ KNOWN_FIELDS: dict[Any, set[str]] = {
         "dtype",
         "step",
         "tensor_steps",
+        "by_rows",
+        "tables",
         "tensor_scalars",
         "loss_scale",
     },
@@ -409,6 +411,22 @@ KNOWN_FIELDS: dict[Any, set[str]] = {
         "durability",
         "checkpoints",
     },
+    pb.FreezeSessionRequest: {"session_id", "move_id", "last_step", "lease"},
+    pb.ThawSessionRequest: {"session_id", "move_id"},
+    pb.ExportSessionRequest: {"session_id", "move_id", "chunk_bytes"},
+    pb.ImportSessionRequest: {"open", "slot", "chunk", "numbers", "padding", "payload"},
+    move_pb2.ImportOpen: {"session_id", "attach_token"},
+    move_pb2.StateNumbers: {
+        "step",
+        "load",
+        "tensor_steps",
+        "tensor_scalars",
+        "loss_scale",
+        "sum_bound",
+        "last_result",
+    },
+    pb.HandOverSessionRequest: {"session_id", "move_id", "successor", "decided", "step", "load", "epoch"},
+    pb.GetSuccessorRequest: {"session_id", "attach_token"},
 }
 
 

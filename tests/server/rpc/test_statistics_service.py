@@ -29,6 +29,7 @@ def test_rates_are_of_the_steps_between_two_looks() -> None:
     assert rates.look([snapshot_of("b", 3)], 14.0) == {"b": 0.0}
     assert rates.look([snapshot_of("b", 1)], 15.0) == {"b": 0.0}, "a load has set the step back"
     assert rates.look([snapshot_of("b", 2)], 15.0) == {}, "no time has passed"
+    assert rates.look([snapshot_of("b", 3)], 16.0) == {"b": 2.0}, "a look of the same moment takes no step"
 
 
 class Watching:

@@ -7,8 +7,22 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
+
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import step_pb2
+
+pytestmark = pytest.mark.many
+
+
+@pytest.fixture
+def server(lane_server: Any) -> Any:
+    return lane_server
+
+
+@pytest.fixture
+def wire(wire_of_each_kind: Any) -> Any:
+    return wire_of_each_kind
 
 
 def test_a_client_that_acquires_the_worker_is_told_how_the_session_stands(live: Any, attach: Any) -> None:

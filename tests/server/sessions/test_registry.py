@@ -248,7 +248,7 @@ def test_a_refusal_names_the_idle_sessions_of_the_device_and_the_command_that_en
     clock.now += 3600.0
     late = registry.create("late", config(label="l" * 60, device="cuda:0")).session
     clock.now += 130.0
-    with registry.stream(lambda: None) as stream, used.attached(stream, 0, 1):
+    with registry.streams.stream(lambda: None) as stream, used.attached(stream, 0, 1):
         with pytest.raises(errors.ResourceExhaustedError) as refused:
             registry.create("more", config(device="cuda:0"))
     assert str(refused.value) == (
@@ -327,7 +327,10 @@ def test_each_session_has_a_lease_of_its_own(make_registry: Any, clock: Any) -> 
 def test_a_lease_does_not_run_while_a_stream_is_attached(make_registry: Any, clock: Any) -> None:
     registry = make_registry()
     session = registry.create("r", config(lease_seconds=10.0)).session
-    with registry.stream(lambda: None) as stream, session.attached(stream, session.ledger.worker.holder.token, 0):
+    with (
+        registry.streams.stream(lambda: None) as stream,
+        session.attached(stream, session.ledger.worker.holder.token, 0),
+    ):
         clock.now += 1e6
         assert registry.sweep() == []
         assert registry.get(session.session_id) is session
@@ -428,13 +431,13 @@ def test_an_empty_registry_has_one_empty_page(make_registry: Any) -> None:
 def test_streams_are_counted_and_bounded(make_registry: Any) -> None:
     registry = make_registry(max_streams=2)
     with contextlib.ExitStack() as streams:
-        made = [streams.enter_context(registry.stream(lambda: None)) for _ in range(10)]
+        made = [streams.enter_context(registry.streams.stream(lambda: None)) for _ in range(10)]
         assert [stream.surplus for stream in made] == [False] * 2 + [True] * 8
         for stream in made:
             stream.is_open = True
         assert registry.statistics().streams == 10
         with pytest.raises(errors.ResourceExhaustedError, match="2 attached streams") as refused:
-            registry.stream(lambda: None).__enter__()
+            registry.streams.stream(lambda: None).__enter__()
         assert (refused.value.reason, refused.value.retry_after_seconds) == (Reason.TOO_MANY_STREAMS, 1.0)
 
 
@@ -443,24 +446,24 @@ def test_a_stream_beyond_the_bound_may_only_displace_its_sessions_own(make_regis
     (session, other), cancelled = [registry.create(name, config()).session for name in ("a", "b")], list[str]()
     token = session.ledger.worker.holder.token
     with (
-        registry.stream(lambda: cancelled.append("half open")) as former,
+        registry.streams.stream(lambda: cancelled.append("half open")) as former,
         session.attached(former, token, 0),
     ):
         former.is_open = True
-        with registry.stream(lambda: None) as stream:
+        with registry.streams.stream(lambda: None) as stream:
             with pytest.raises(errors.ResourceExhaustedError, match="1 attached streams, its most"):
-                registry.require_room(stream, other, 0)
+                registry.streams.admit(stream, other.tenant, returns=0 in other.ledger.members.attached)
             for worker in (1, None):  # no stream of that worker is there
                 with pytest.raises(errors.ResourceExhaustedError):
-                    registry.require_room(stream, session, worker)
-            registry.require_room(stream, session, 0)
+                    registry.streams.admit(stream, session.tenant, returns=worker in session.ledger.members.attached)
+            registry.streams.admit(stream, session.tenant, returns=0 in session.ledger.members.attached)
             with session.attached(stream, token, 0) as holder:
                 assert (holder.generation, cancelled) == (3, ["half open"])
 
 
 def test_a_stream_that_fails_is_not_counted_any_more(make_registry: Any) -> None:
     registry = make_registry()
-    with pytest.raises(ZeroDivisionError), registry.stream(lambda: None):
+    with pytest.raises(ZeroDivisionError), registry.streams.stream(lambda: None):
         raise ZeroDivisionError
     assert registry.statistics().streams == 0
 
@@ -470,7 +473,7 @@ def test_the_sweep_cancels_streams_that_are_silent_inside_a_step(
     make_registry: Any, clock: Any, in_step: bool, expected: list[str]
 ) -> None:
     registry, cancelled = make_registry(), list[str]()
-    with registry.stream(lambda: cancelled.append("cancelled")) as stream:
+    with registry.streams.stream(lambda: cancelled.append("cancelled")) as stream:
         stream.in_step = in_step
         clock.now += 5.0
         registry.sweep()
@@ -482,7 +485,10 @@ def test_the_sweep_cancels_streams_that_are_silent_inside_a_step(
 
 def test_streams_are_cancelled_at_the_end_unless_they_end_by_themselves(make_registry: Any) -> None:
     registry, cancelled = make_registry(), list[int]()
-    with registry.stream(lambda: cancelled.append(1)), registry.stream(lambda: cancelled.append(2)) as ending:
+    with (
+        registry.streams.stream(lambda: cancelled.append(1)),
+        registry.streams.stream(lambda: cancelled.append(2)) as ending,
+    ):
         ending.ending = True
         registry.streams.cancel()
         assert cancelled == [1]

@@ -52,7 +52,7 @@ def test_a_tenant_has_so_many_bytes(make_registry: Any) -> None:
         one.create("c", config())
     assert refused.value.reason is Reason.MEMORY_EXHAUSTED
     TenantSessions(registry, "other").create("c", config())
-    assert (one.count(), registry.statistics().sessions) == (2, 3)
+    assert (one.statistics().sessions, registry.statistics().sessions) == (2, 3)
 
 
 def test_a_tenant_has_so_many_streams_and_comes_back_to_its_own(make_registry: Any) -> None:
@@ -60,14 +60,14 @@ def test_a_tenant_has_so_many_streams_and_comes_back_to_its_own(make_registry: A
     mine, second = (registry.create(f"one/{name}", config()).session for name in "ab")
     other = registry.create("other/a", config()).session
     with contextlib.ExitStack() as stack:
-        streams = [stack.enter_context(registry.stream(lambda: None)) for _ in range(4)]
-        registry.require_room(streams[0], mine, 0)
+        streams = [stack.enter_context(registry.streams.stream(lambda: None)) for _ in range(4)]
+        registry.streams.admit(streams[0], mine.tenant, returns=0 in mine.ledger.members.attached)
         stack.enter_context(mine.attached(streams[0], 0, 0))
         with pytest.raises(ResourceExhaustedError, match="this tenant has 1 attached streams, its most") as refused:
-            registry.require_room(streams[1], second, 0)
+            registry.streams.admit(streams[1], second.tenant, returns=0 in second.ledger.members.attached)
         assert (refused.value.reason, refused.value.retry_after_seconds) == (Reason.TOO_MANY_STREAMS, 1.0)
-        registry.require_room(streams[2], other, 0)
-        registry.require_room(streams[3], mine, 0)
+        registry.streams.admit(streams[2], other.tenant, returns=0 in other.ledger.members.attached)
+        registry.streams.admit(streams[3], mine.tenant, returns=0 in mine.ledger.members.attached)
 
 
 class CompilingEngine(CpuEngine):
@@ -99,4 +99,4 @@ def test_a_tenant_whose_sessions_need_too_many_kernels_keeps_to_those_that_there
     assert registry.pool.choose("").budget.reserved_bytes == reserved
     other.create("b", bfloat16)
     one.create("b", bfloat16)  # which another tenant has paid for
-    assert one.count() == 2
+    assert one.statistics().sessions == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import pathlib
 import socket
@@ -17,6 +18,15 @@ from stepwire.wire.error_details import status_details
 from stepwire_server.sharing.handoff import HandoffServer, peer_uid
 
 PATIENCE_SECONDS = 30.0
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """Have no garbage collected: what a stream held goes with its last reference."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
 
 
 class Parcel:

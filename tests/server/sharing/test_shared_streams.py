@@ -350,6 +350,7 @@ def test_a_client_that_scribbles_and_punches_hurts_itself_alone(live: Any, twin:
     assert twin.fingerprint() == before
 
 
+@pytest.mark.usefixtures("uncollected")
 def test_two_hundred_clients_come_and_go_and_leave_nothing(live: Any, server: Server, until: Any) -> None:
     """Some do not fetch, some close first, some step, some vanish in the middle of a step."""
     reserved, streams = live.wire.reserved_bytes(), server.registry.statistics().streams

@@ -381,6 +381,7 @@ def test_a_gpu_is_the_cpu_bit_for_bit(program: Program, on_cpu: Engine, library:
     cupy.check()
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not NUMBA, reason="Numba is not installed")
 @pytest.mark.parametrize("precision", Precision if os.environ.get("CI") == "true" else [Precision.INT8])
 def test_all_three_engines_agree(

@@ -83,7 +83,7 @@ def test_a_full_table_refuses_new_ids_alone() -> None:
     ids = RowIds(placed(3))
     ids.place(array(7, 9, 11), 1)
     ids.check(array(7, 11), 2)
-    with pytest.raises(ResourceExhaustedError, match="3 of 3 rows, and the step has 1 new ids; create") as refused:
+    with pytest.raises(ResourceExhaustedError, match="3 of 3 rows, and 1 ids are new; create") as refused:
         ids.check(array(7, 12), 2)
     assert refused.value.reason is Reason.TABLE_FULL
     assert refused.value.metadata == {"table": "t", "capacity": "3", "rows": "3", "new_rows": "1"}

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
+from stepwire_server.engines.cpu import numpy_lines
+from stepwire_server.engines.cpu.numpy_kernels import NumpyKernels
+from stepwire_server.steps import summed_rows as module
 from stepwire_server.steps.summed_rows import summed_rows
+
+
+@pytest.fixture(params=["compiled", "numpy"], autouse=True)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sum with the kernels of this machine, and with NumPy's, which get few numbers at a time."""
+    if request.param == "numpy":
+        monkeypatch.setattr(module, "host_kernels", NumpyKernels)
+        monkeypatch.setattr(numpy_lines, "_AT_ONCE", 50)
+    elif importlib.util.find_spec("numba") is None:
+        pytest.skip("Numba is not installed")
 
 
 def summed(rows: list[int], values: np.ndarray) -> tuple[list[int], np.ndarray]:
@@ -54,6 +68,18 @@ def test_sums_are_exact_and_rounded_once(spread: int) -> None:
     for place, row in enumerate(found):
         for column in range(3):
             assert sums[place, column] == nearest(values[rows == row, column].tolist())
+
+
+@pytest.mark.parametrize("spread", [60, 250])
+def test_a_row_that_comes_often_has_an_exact_sum(spread: int) -> None:
+    """More numbers than are added together, of all sizes; half of them take the others away again but for a rest."""
+    rng = np.random.default_rng(spread)
+    half = (rng.standard_normal((400, 2)) * 2.0 ** rng.integers(-spread // 2 - 20, spread // 2, (400, 2))).astype(
+        np.float32
+    )
+    values = np.concatenate([half, -half[::-1], half[:1] * np.float32(2.0**-20)])
+    _, sums = summed([5] * len(values), values)
+    assert sums[0].tolist() == [nearest(values[:, column].tolist()) for column in range(2)]
 
 
 def test_a_sum_beside_the_middle_of_two_numbers_is_not_rounded_twice() -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwire.arrays.packing import Flat, Packer
-from stepwire.transports.host.copies import Copy, copy_all
+from stepwire.arrays.ranges import Ranges
+from stepwire.transports.host.copies import Copy, are_few, copy_all, copy_one
 from stepwire.transports.host.memory import SharedMemory
 from stepwire.transports.shared import GradientSource, SharedArrays
 from stepwire.wire.dtypes import INT8
@@ -24,7 +25,17 @@ class HostArrays(SharedArrays):
         super().__init__(packer, memory.gradient.dtype, memory.parameters.dtype)
         self._memory = memory
         tensors = packer.layout.tensors
+        self._shown = self._named(memory.parameters)
+        self._recognised: object | None = None  # the mark of gradients all of which have to be copied, or none
+        self._moves = True
+        counts, last = sum(tensor.count for tensor in tensors), tensors[-1].end if tensors else 0
+        run = memory.gradient[:last]
+        is_run = counts == last and run.dtype != INT8 and are_few(run.nbytes)
+        self._run = run if is_run else None
         self._gradients = [memory.gradient[tensor.offset : tensor.end] for tensor in tensors]
+        self._starts = list(map(_address, self._gradients))
+        low = _address(memory.gradient)
+        self._area = low, low + memory.gradient.nbytes
         self._parameters = [memory.parameters[tensor.offset : tensor.end] for tensor in tensors]
 
     def close(self) -> None:
@@ -40,34 +51,62 @@ class HostArrays(SharedArrays):
         return self._named(self._memory.gradient)
 
     def parameter_views(self) -> dict[str, Any]:
-        """Return read-only views of the shared parameters."""
-        return self._named(self._memory.parameters)
+        """Return read-only views of the shared parameters, the same ones each time."""
+        return dict(self._shown)
 
     def private_views(self) -> dict[str, Any]:
         """Return views of the private mapping of the parameters."""
         return self._named(self._memory.private)
 
     def read(self, targets: Flat) -> None:
-        """Copy the parameters, tensor by tensor."""
-        copy_all(list(zip(targets, self._parameters, strict=True)))
+        """Copy the parameters, all at once or tensor by tensor."""
+        if type(targets) is Ranges:
+            copy_one(targets.made()[0], self._memory.parameters)
+        else:
+            copy_all(list(zip(targets, self._parameters, strict=True)))
 
     def write(self, source: GradientSource) -> None:
         """See `SharedArrays.write`."""
+        if (mark := source.recognised) is not None and mark is self._recognised:
+            if self._moves:
+                self._write_all(source.gradients)
+            return
         source.bring()
         gradient, layout = self._memory.gradient, self.packer.layout
         if gradient.dtype == INT8:
             self.packer.write(source.gradients, self.packer.ranges(0, layout.size), gradient, 0, source.feedback)
             return
-        moving = list[Copy]()
-        for place, array in zip(self._gradients, source.gradients, strict=True):
+        if not any([np.may_share_memory(array, gradient) for array in source.gradients]):
+            self._recognised, self._moves = mark, True
+            self._write_all(source.gradients)
+            return
+        moving = self._moving(source.gradients)
+        if not moving:
+            self._recognised, self._moves = mark, False
+        copy_all(moving)
+
+    def _write_all(self, gradients: Flat) -> None:
+        """Copy gradients none of which lies in this memory: few bytes in one go, where no padding lies between them."""
+        run, dtype = self._run, self.gradient_dtype
+        if run is not None and all([len(array) and array.dtype == dtype for array in gradients]):
+            np.concatenate(gradients, out=run)
+        else:
+            copy_all([pair for pair in zip(self._gradients, gradients, strict=True) if len(pair[0]) == len(pair[1])])
+
+    def _moving(self, gradients: Flat) -> list[Copy]:
+        """Return the copies of those gradients that do not lie in their places."""
+        moving, (low, high) = list[Copy](), self._area
+        for place, start, array in zip(self._gradients, self._starts, gradients, strict=True):
             if len(array) != len(place):
                 continue
-            if _is_elsewhere(array):
-                moving.append((place, array))
-            elif not _same(place, array):
+            at = _address(array)
+            if at == start and (array.dtype, array.strides) == (place.dtype, place.strides):
+                continue
+            if not array.flags.c_contiguous or low - array.nbytes < at < high:
                 # A view that lies in the place of another tensor would be overwritten before its turn.
-                moving.append((place, array.copy() if np.may_share_memory(array, gradient) else array))
-        copy_all(moving)
+                array = array.copy()
+            moving.append((place, array))
+        return moving
 
     def _named(self, values: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
         return {
@@ -76,16 +115,6 @@ class HostArrays(SharedArrays):
         }
 
 
-def _is_elsewhere(array: npt.NDArray[Any]) -> bool:
-    """Tell that an array shows memory that NumPy has allocated, so none that is shared; False if that takes a look."""
-    owner = array.base
-    return array.flags.owndata if owner is None else type(owner) is np.ndarray and owner.flags.owndata
-
-
-def _same(place: npt.NDArray[Any], array: npt.NDArray[Any]) -> bool:
-    """Tell whether two 1-D arrays of one length are the same elements in the same memory."""
-    return (
-        array.dtype == place.dtype
-        and array.strides == place.strides
-        and array.__array_interface__["data"][0] == place.__array_interface__["data"][0]
-    )
+def _address(array: npt.NDArray[Any]) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwire.connection.errands import together
+from stepwire.wire.dtypes import FLOAT16
 
-__all__ = ["Copy", "copy_all"]
+__all__ = ["Copy", "are_few", "copy_all", "copy_one"]
 
 Copy: TypeAlias = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 """A 1-D array that is written, and one of as many elements that is read."""
@@ -27,6 +28,11 @@ _MOST_THREADS: Final = 4
 """Further threads find the memory busy."""
 
 
+def are_few(nbytes: int) -> bool:
+    """Tell whether one thread copies so many bytes."""
+    return nbytes < 2 * _LEAST_BYTES
+
+
 def copy_all(copies: Sequence[Copy]) -> None:
     """Copy arrays, none of which lies in memory that another copy writes.
 
@@ -35,8 +41,10 @@ def copy_all(copies: Sequence[Copy]) -> None:
     Args:
         copies: the copies; the dtypes may differ.
     """
-    nbytes = sum(place.nbytes for place, _ in copies)
-    threads = min(nbytes // _LEAST_BYTES, _MOST_THREADS, len(os.sched_getaffinity(0)))
+    nbytes = sum([place.nbytes for place, _ in copies])
+    threads = 1
+    if not are_few(nbytes):
+        threads = min(nbytes // _LEAST_BYTES, _MOST_THREADS, len(os.sched_getaffinity(0)))
     if threads < 2:
         _copy(copies)
         return
@@ -54,9 +62,20 @@ def copy_all(copies: Sequence[Copy]) -> None:
         raise failures[0]
 
 
+def copy_one(place: npt.NDArray[Any], array: npt.NDArray[Any]) -> None:
+    """Copy one array to another of its dtype, neither of which lies in memory of the other."""
+    if are_few(place.nbytes):
+        place[:] = array
+    else:
+        copy_all([(place, array)])
+
+
 def _copy(copies: Sequence[Copy]) -> None:
-    with np.errstate(over="ignore"):
-        for place, array in copies:
+    for place, array in copies:
+        if place.dtype == FLOAT16:
+            with np.errstate(over="ignore"):
+                place[:] = array
+        else:
             place[:] = array
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import threading
@@ -26,7 +27,7 @@ from stepwire_server.engines.regions import Holding
 from stepwire_server.host import limits as host
 from stepwire_server.rules import Precision, Recipe
 
-__all__ = ["CpuEngine", "NumbaDisabledError"]
+__all__ = ["CpuEngine", "NumbaDisabledError", "host_kernels"]
 
 
 _log = logging.getLogger(__name__)
@@ -45,13 +46,16 @@ class CpuEngine:
         lanes: the loops of compiled lanes; None where kernels are NumPy's.
     """
 
-    def __init__(self, threads: int | None = None, use_numba: bool | None = None) -> None:
+    def __init__(
+        self, threads: int | None = None, use_numba: bool | None = None, *, lane_spin_microseconds: int = 0
+    ) -> None:
         """Start an engine.
 
         Args:
             threads: the number of threads that work on one call, the caller's included; None for one a processor.
             use_numba: compile kernels, which are many times faster, or evaluate rules with NumPy; None to compile
                 where Numba is installed and not disabled.
+            lane_spin_microseconds: the moment of spinning of compiled lanes; see `LaneLoops`.
 
         Raises:
             UnsupportedFeatureError: Numba is to compile, and is broken or disabled.
@@ -59,7 +63,9 @@ class CpuEngine:
         self._kernels = _default_kernels() if use_numba is None else _numba_kernels() if use_numba else NumpyKernels()
         self._threads = RangeThreads(threads or host.processor_count())
         self._device = DeviceInfo("cpu", host.processor_name(), host.memory_bytes())
-        self.lanes = LaneLoops(self._kernels) if isinstance(self._kernels, LaneKernels) else None
+        self.lanes = (
+            LaneLoops(self._kernels, lane_spin_microseconds) if isinstance(self._kernels, LaneKernels) else None
+        )
         self._states: weakref.WeakSet[CpuState | ExactSum | GradientRows] = weakref.WeakSet()
         self._lock = threading.Lock()
 
@@ -187,6 +193,12 @@ class CpuEngine:
         with self._lock:
             self._states.add(made)
         return made
+
+
+@functools.cache
+def host_kernels() -> CpuKernels:
+    """Return the kernels of sums in the host's memory, whatever engine has the state."""
+    return _default_kernels()
 
 
 def _default_kernels() -> CpuKernels:

@@ -32,6 +32,7 @@ from stepwire_server.engines.cpu.lane_words import (
     WORD,
 )
 from stepwire_server.engines.protocol import HostArray
+from stepwire_server.host.limits import processor_count
 from stepwire_server.rules import Recipe
 
 __all__ = ["LaneKernels", "LaneLoop", "LaneLoops", "Seat"]
@@ -134,15 +135,19 @@ class LaneLoop:
         exchange: puts a word in the place of an expected one; see `numba_words`.
     """
 
-    def __init__(self, run: Callable[..., None], exchange: Callable[[int, int, int], bool]) -> None:
-        """Start to serve.
+    def __init__(
+        self, run: Callable[..., None], exchange: Callable[[int, int, int], bool], spin_microseconds: int = 0
+    ) -> None:
+        """Start to serve; with a moment of spinning after each datagram, see `LaneLoops`.
 
         Raises:
             OSError: the system has no descriptors left.
         """
         self.exchange = exchange
         self._run = run
-        self._rows: HostArray = np.zeros((_MOST_LANES, WIDTH), np.int64)  # whose pages exist from their first use on
+        self._spin_seconds = spin_microseconds * 1e-6
+        # The last row is the loop's own. Pages exist from their first use on.
+        self._rows: HostArray = np.zeros((_MOST_LANES + 1, WIDTH), np.int64)
         self._events: HostArray = np.zeros(EVENT_WORDS * _MOST_LANES, np.uint32)
         self._free = list(range(_MOST_LANES - 1, -1, -1))
         self._lock = threading.Lock()
@@ -194,15 +199,23 @@ class LaneLoop:
         os.close(self._stop)
 
     def _serve(self) -> None:
-        self._run(int(self._rows.ctypes.data), self._epoll.fileno(), int(self._events.ctypes.data), _MOST_LANES)
+        rows, events = int(self._rows.ctypes.data), int(self._events.ctypes.data)
+        self._run(rows, self._epoll.fileno(), events, _MOST_LANES, self._spin_seconds)
 
 
 class LaneLoops:
     """The loops of one engine, by the kernels of their steps. Thread-safe."""
 
-    def __init__(self, kernels: LaneKernels) -> None:
-        """Make loops around these kernels."""
+    def __init__(self, kernels: LaneKernels, spin_microseconds: int = 0) -> None:
+        """Make loops around these kernels.
+
+        Args:
+            kernels: the kernels.
+            spin_microseconds: how long a loop waits awake for the next datagram before it sleeps. It rests where that
+                is in vain, and never waits awake on one core.
+        """
         self._kernels = kernels
+        self._spin_microseconds = spin_microseconds if processor_count() > 1 else 0
         self._loops: dict[tuple[Any, ...], LaneLoop | None] = {}
         self._makers: list[threading.Thread] = []
         self._closed = False
@@ -216,12 +229,16 @@ class LaneLoops:
         with self._lock:
             if key in self._loops or not make or self._closed or len(self._loops) >= _MOST_LOOPS:
                 return self._loops.get(key)
-            self._loops[key] = None
             maker = threading.Thread(
                 target=self._make, args=(key, recipe, gradient, reply), name="compile-lane", daemon=True
             )
+            try:
+                maker.start()
+            except RuntimeError as problem:  # no threads left: a later step asks again
+                _log.warning("no compiled lane for %s just now: %s", recipe.name, problem)
+                return None
+            self._loops[key] = None
             self._makers.append(maker)
-            maker.start()
         return None
 
     def settle(self) -> None:
@@ -247,6 +264,6 @@ class LaneLoops:
             run, exchange = self._kernels.lane(recipe, gradient, reply), self._kernels.exchange()
             with self._lock:
                 if not self._closed:
-                    self._loops[key] = LaneLoop(run, exchange)
+                    self._loops[key] = LaneLoop(run, exchange, self._spin_microseconds)
         except Exception as problem:  # steps go their ordinary way
             _log.warning("no compiled lane for %s: %r", recipe.name, problem)

@@ -97,12 +97,40 @@ _MEAN = """def {name}(total_all, out_all, start, size, divisor, inverse):
             out_now[i] = scratch[i]
 """
 
+# The partial sums of a place do not overlap, so that all finite float64 have room (Shewchuk 1997, as `math.fsum`). An
+# error has the sign of the rest, which decides rounding to odd.
+_LINES = """def {name}(numbers, width, firsts, counts, columns, totals, inexact):
+    partials = empty(64)
+    for place in range(len(firsts)):
+        held = 0
+        at = firsts[place] * width + columns[place]
+        for line in range(counts[place]):
+            rest = numbers[at + line * width]
+            kept = 0
+            for k in range(held):
+                rest, error = finite_two_sum(rest, partials[k])
+                if error != 0.0:
+                    partials[kept] = error
+                    kept += 1
+            if rest != 0.0:
+                partials[kept] = rest
+                kept += 1
+            held = kept
+        total, error = 0.0, 0.0
+        while held > 0 and error == 0.0:
+            held -= 1
+            total, error = finite_two_sum(total, partials[held])
+        totals[place] = odd(total, error)
+        inexact[place] = error != 0.0
+"""
+
 _KERNELS: Final[dict[str, tuple[str, list[Callable[..., Any]]]]] = {
     "store": (_STORE, []),
     "add": (_ADD, [finite_two_sum]),
     "carry": (_CARRY, [finite_two_sum]),
     "odd": (_ODD, [odd]),
     "mean": (_MEAN, [odd_quotient, float32_of]),
+    "lines": (_LINES, [finite_two_sum, odd]),
 }
 
 

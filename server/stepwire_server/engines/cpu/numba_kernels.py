@@ -56,6 +56,7 @@ _CODES = numba_types.Array(numba_types.uint8, 1, "C")
 _SUMS = numba_types.Array(numba_types.float64, 1, "C")
 _ROWS = numba_types.Array(numba_types.int64, 1, "C")
 _KINDS = numba_types.Array(numba_types.int32, 1, "C")
+_FLAGS = numba_types.Array(numba_types.boolean, 1, "C")
 _SCALARS = numba_types.Array(numba_types.float32, 2, "C")
 _PARTIALS = numba_types.Array(numba_types.float64, 2, "C")
 
@@ -157,7 +158,7 @@ class NumbaKernels:
         text = lane_source(recipe, name, name_of(gradient), None if reply is None else reply.name, modules)
         beside = {"update": update, "sum_of_squares": squares, "lane_helper": numba.njit(**HELPER_OPTIONS)}
         with contextlib.nullcontext() if self._room is None else self._room.admitted():
-            return self._compile(name, text, (numba_types.int64,) * 4, beside)
+            return self._compile(name, text, (*[numba_types.int64] * 4, numba_types.float64), beside)
 
     def exchange(self) -> Callable[[int, int, int], bool]:
         """Return `exchange(address, expected, value)` of `numba_words`."""
@@ -213,6 +214,7 @@ class NumbaKernels:
             "carry": (_SUMS, _SUMS),
             "odd": (_SUMS, _SUMS),
             "mean": (_SUMS, _FLOATS, *integers[:2], *[numba_types.float64] * 2),
+            "lines": (_SUMS, numba_types.intp, *[_ROWS] * 3, _SUMS, _FLAGS),
         }
         text = exact_source(work, name, None if gradient is None else name_of(gradient))
         return self._compile(name, text, signatures[work])

@@ -21,6 +21,7 @@ import numba.core.types as numba_types
 from numpy import float64, int64, uint8, uint32
 
 from stepwire.optimizers.norms import RELATIVE_ERROR, candidates, clip_keras, clip_optax, clip_torch, rounded
+from stepwire.wire.packets import SPIN_MISSES, SPIN_REST
 from stepwire_server.engines.cpu import numba_words
 from stepwire_server.engines.cpu.lane_words import (
     APPLY,
@@ -90,6 +91,8 @@ LANE_NUMBERS: Final[dict[str, float]] = {
     "MODIFY": MODIFY,
     "MONOTONIC": MONOTONIC,
     "GRANT_SECONDS": GRANT_SECONDS,
+    "SPIN_MISSES": SPIN_MISSES,
+    "SPIN_REST": SPIN_REST,
     "GRAIN": GRAIN,
     "RELATIVE_ERROR": RELATIVE_ERROR,
 }
@@ -259,18 +262,46 @@ def advance(at: Any) -> None:
                 break
 
 
-def run(rows: int, epoll: int, events: int, most: int) -> None:
+def awaited(at: Any, epoll: int, events: int, most: int, moment: float) -> int:
+    """Wait for datagrams, awake at first, and return the number of lanes that are ready.
+
+    Args:
+        at: the row beyond the last lane's: its clock, and how often waiting awake was in vain.
+        epoll: the descriptor of the epoll.
+        events: the address of room for `most` events.
+        most: the number of lanes.
+        moment: the seconds of waiting awake.
+    """
+    ready: int = 0
+    if at[ROW] < SPIN_MISSES:
+        end = now(at) + moment
+        while now(at) < end:
+            ready = epoll_wait(epoll, events, most, 0)
+            if ready != 0:
+                at[ROW] = 0
+                return ready
+    at[ROW] += 1
+    if at[ROW] == SPIN_MISSES + SPIN_REST:
+        at[ROW] = 0
+    ready = epoll_wait(epoll, events, most, -1)
+    return ready
+
+
+def run(rows: int, epoll: int, events: int, most: int, moment: float) -> None:
     """Serve lanes until the one beyond the last is ready.
 
     Args:
         rows: the address of the rows of words.
         epoll: the descriptor of the epoll.
         events: the address of room for `most` events.
-        most: the number of rows.
+        most: the number of lanes; one row more is the loop's own.
+        moment: the seconds of waiting awake before the loop sleeps; 0 for none.
     """
+    own = carray(pointer(rows + 8 * WIDTH * most), WIDTH, int64)
+    own[SELF] = rows + 8 * WIDTH * most
     found = carray(pointer(events), EVENT_WORDS * most, uint32)
     while True:
-        ready = epoll_wait(epoll, events, most, -1)
+        ready = awaited(own, epoll, events, most, moment) if moment > 0.0 else epoll_wait(epoll, events, most, -1)
         for index in range(ready):
             lane = int64(found[EVENT_WORDS * index + EVENT_LANE])
             if lane == most:
@@ -294,5 +325,6 @@ LANE_FUNCTIONS: Final[tuple[Callable[..., Any], ...]] = (
     finish,
     replied,
     advance,
+    awaited,
 )
 """In an order in which each comes after those that it calls; then come the kernel's `stepped`, `serve` and `run`."""

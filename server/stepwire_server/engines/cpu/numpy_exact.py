@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import numpy as np
 
+from stepwire_server.engines.cpu.numpy_lines import sum_lines
 from stepwire_server.engines.exact_scalars import rest_of, two_sum
 from stepwire_server.engines.payloads import floats_of
 from stepwire_server.engines.protocol import HostArray
@@ -89,4 +90,5 @@ EXACT_KERNELS: Final[dict[str, Callable[..., Any]]] = {
     "carry": _carry,
     "odd": _odd,
     "mean": _mean,
+    "lines": sum_lines,
 }

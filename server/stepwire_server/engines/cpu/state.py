@@ -78,6 +78,9 @@ class CpuKernels(Protocol):
         - `"odd"`: `(total, error)` rounds their sum to odd, in the place of the total.
         - `"mean"`: `(total, out, start, size, divisor, inverse)` divides and rounds once, to float32. `inverse` is that
           of the divisor if it is exact, else 0. `out` may lie in the memory of `total`, from the same address on.
+        - `"lines"`: `(numbers, width, firsts, counts, columns, totals, inexact)` sums, for each place, a column of
+          `counts` lines of `width` finite numbers from line `firsts` on. It rounds each sum to odd, and tells in
+          `inexact`, bool, whether that is another number.
         """
         ...
 

@@ -205,7 +205,9 @@ def replace_parameter(world: World, rng: random.Random) -> None:
     old, keeps = group["params"][place], rng.random() < 0.5
     new = Parameter(old.detach() * 0.5)
     if keeps and old in world.optimizer.state:
-        world.optimizer.state[new] = world.optimizer.state.pop(old)
+        moved = world.optimizer.state[new] = world.optimizer.state.pop(old)
+        # A tensor that is put into the state is copied with the next step, and is no part of it after.
+        world.held = [held for held in world.held if not any(held is each for each in moved.values())]
     group["params"][place] = new
     world.params = [new if parameter is old else parameter for parameter in world.params]
 
@@ -305,7 +307,9 @@ def count_on(world: World, rng: random.Random) -> None:
 
 
 def hold_state(world: World, rng: random.Random) -> None:
-    """Keep tensors of the state in variables."""
+    """Keep tensors of the state in variables; those that a script has put there are no part of it after a step."""
+    if world.remote is not None:
+        _follow(world)
     if (parameter := _entry(world, rng)) is not None:
         entry = world.optimizer.state[parameter].items()
         world.held += [value for key, value in entry if torch.is_tensor(value) and key != "step"]
@@ -388,7 +392,8 @@ def resume(world: World, rng: random.Random) -> None:
     if world.remote is None or _leftovers(world) or world.schedulers or len(optimizer.param_groups) > 1:
         return
     _follow(world)
-    if any(set(entry) - optimizer.rule.keys for entry in optimizer.state.values()) or not world.stepped():
+    stays = any(not entry or set(entry) - optimizer.rule.keys for entry in optimizer.state.values())
+    if stays or not world.stepped():  # what a session does not have stays with its optimizer
         return
     session, groups, present = optimizer.session_id, optimizer.param_groups, world.params
     optimizer.detach()
@@ -426,7 +431,7 @@ def interrupted_step(world: World, rng: random.Random) -> None:
         world.optimizer.step()
         return
     _follow(world)  # a session that is left has another hold
-    hold = world.optimizer.session._link.hold
+    hold = world.optimizer.session._link.shards[0].hold
     try:
         # A step that the backward pass has begun is under way already, and arrives.
         with lost_replies(applied=applied, of=lambda other: other is hold):

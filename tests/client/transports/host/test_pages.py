@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -51,6 +53,51 @@ def test_an_area_that_begins_and_ends_within_pages(mappings: tuple[np.ndarray, n
     private[-1] = 1
     assert written(private[PAGE // 2 : -PAGE - 1]) is False
     assert written(private[PAGE // 2 : -PAGE + 1]) is True
+
+
+_FORK = """
+import mmap, os
+import numpy as np
+from stepwire.transports.host.pages import has_written_pages
+
+descriptor = os.memfd_create("test")
+os.ftruncate(descriptor, mmap.PAGESIZE)
+memory = np.frombuffer(mmap.mmap(descriptor, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE), np.uint8)
+asked = lambda: has_written_pages(memory.ctypes.data, memory.nbytes)
+before = asked()
+child = os.fork()
+if child == 0:
+    found = asked()
+    memory[0] = 1
+    os._exit(0 if (found, asked()) == (before, before if before is None else True) else 1)
+print(before, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), asked())
+"""
+
+
+def test_a_child_asks_for_its_own_pages() -> None:
+    """In a process of its own: frameworks that other tests have loaded warn of a fork."""
+    found = subprocess.run([sys.executable, "-c", _FORK], capture_output=True, text=True, check=True)
+    assert found.stdout in ("False 0 False\n", "None 0 None\n")
+
+
+@pytest.mark.parametrize("other", [None, "/dev/zero"], ids=["closed", "another file"])
+def test_a_program_may_close_every_descriptor_that_it_does_not_know(
+    mappings: tuple[np.ndarray, np.ndarray, mmap.mmap], other: str | None
+) -> None:
+    _, private, _ = mappings
+    assert written(private) is False
+    number = pages._page_map._opened.descriptor  # type: ignore[union-attr]
+    os.close(number)
+    if other is not None:
+        opened = os.open(other, os.O_RDONLY)
+        if opened != number:
+            os.dup2(opened, number)
+            os.close(opened)
+    private[0] = 1
+    assert written(private) is True
+    if other is not None:
+        assert os.fstat(number).st_rdev == os.stat(other).st_rdev, "it is still open"
+        os.close(number)
 
 
 @pytest.mark.parametrize("path", ["/proc/self/there-is-none", "/dev/null"])

@@ -102,6 +102,7 @@ def test_the_mean_is_the_fraction_rounded_once_whatever_the_order(engine, data) 
     assert got.view(np.uint32).tolist() == again.view(np.uint32).tolist()
 
 
+@pytest.mark.many
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 7, 10, 0.3])
 @pytest.mark.parametrize("power", [0, 20, -126, -130, 100])
 def test_middles_of_two_float32_go_to_even_and_others_to_their_side(engine, count, power) -> None:
@@ -131,6 +132,7 @@ def encoded(values: np.ndarray, dtype: Any) -> np.ndarray:
     return blocks
 
 
+@pytest.mark.many
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 @pytest.mark.parametrize("dtype", [np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float16), INT8])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,7 +34,7 @@ class Kernels:
         self.made.append(gradient.name)
         if self.problem is not None:
             raise self.problem
-        return lambda rows, epoll, events, most: None
+        return lambda rows, epoll, events, most, moment: None
 
     def exchange(self) -> Callable[[int, int, int], bool]:
         return lambda address, expected, value: True
@@ -72,6 +73,25 @@ def test_kernels_that_cannot_be_made_leave_steps_as_they_are(caplog: pytest.LogC
             loops.settle()
     assert kernels.made == ["float32"], "nobody tries again with each step"
     assert "no compiled lane" in caplog.text
+    loops.close()
+
+
+def test_a_process_without_threads_leaves_steps_as_they_are_and_tries_again(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    kernels = Kernels()
+    loops = LaneLoops(kernels)
+    with monkeypatch.context() as patched, caplog.at_level(logging.WARNING):
+        patched.setattr(threading.Thread, "start", refuse)
+        assert loops.loop(RECIPE, FLOAT32, None) is None
+    assert "no compiled lane for" in caplog.text
+    loops.loop(RECIPE, FLOAT32, None)
+    loops.settle()
+    assert loops.loop(RECIPE, FLOAT32, None) is not None
+    assert kernels.made == ["float32"]
     loops.close()
 
 

@@ -74,6 +74,7 @@ print(len(compiled))
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_another_process_loads_a_kernel_whose_helpers_were_another_kernels(tmp_path: Any) -> None:
     """The first process made the helpers for a kernel that the second process does not load."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 from typing import Any
 
@@ -69,6 +70,37 @@ def test_a_head_is_next_only_if_every_byte_is(memory: None) -> None:
         received[place] ^= 1
         assert not lane.is_next(row)
         received[place] ^= 1
+
+
+def waits(monkeypatch: pytest.MonkeyPatch, row: Any, found_at: int | None) -> list[int]:
+    """Wait once for datagrams, on a clock of 10 µs a look; return the time-outs of all calls of epoll_wait."""
+    asked: list[int] = []
+    clock = itertools.count(0.0, 1e-5)
+
+    def epoll_wait(epoll: int, events: int, most: int, timeout: int) -> int:
+        asked.append(timeout)
+        return 1 if timeout < 0 or len(asked) == found_at else 0
+
+    monkeypatch.setattr(lane, "now", lambda at: next(clock))
+    monkeypatch.setattr(lane, "epoll_wait", epoll_wait)
+    assert lane.awaited(row, 3, 0, 4, 5e-5) == 1
+    return asked
+
+
+def test_a_loop_waits_awake_for_a_moment_and_sleeps_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = np.zeros(word.WIDTH, np.int64)
+    assert waits(monkeypatch, row, found_at=3) == [0, 0, 0]
+    assert waits(monkeypatch, row, found_at=None) == [0, 0, 0, 0, -1], "a look each 10 µs, within 50 µs"
+
+
+def test_moments_in_vain_rest_and_come_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = np.zeros(word.WIDTH, np.int64)
+    for _ in range(lane.SPIN_MISSES):
+        assert len(waits(monkeypatch, row, found_at=None)) == 5
+    for _ in range(lane.SPIN_REST):
+        assert waits(monkeypatch, row, found_at=None) == [-1]
+    for _ in range(3):
+        assert waits(monkeypatch, row, found_at=1) == [0]
 
 
 def test_a_grant_ends_when_its_first_step_is_long_ago(memory: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -249,6 +249,7 @@ FIGURES = re.compile(
 )
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed; it compiles the kernels for real devices")
 @pytest.mark.parametrize("number", TRIED)

@@ -14,7 +14,7 @@ from tests.server.sessions.several.async_model import SIZE, AsyncRun
 from tests.server.sessions.several.model import Operation
 from tests.server.sessions.several.rig import Rig, config_of
 
-EXAMPLES = int(os.environ.get("STEPWIRE_WORKERS_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("STEPWIRE_WORKERS_EXAMPLES", "60" if "CI" in os.environ else "20"))
 KINDS = ("join", "step", "step", "step", "step", "come_back", "leave", "repeat", "skip_ahead")
 OPERATIONS = st.one_of(
     st.builds(Operation, st.sampled_from(KINDS), st.integers(0, 2)),

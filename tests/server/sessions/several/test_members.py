@@ -44,9 +44,9 @@ def contributions_of(rig: Rig) -> Contributions:
 def test_a_session_is_in_use_while_any_worker_is_attached(engine: CpuEngine) -> None:
     rig = Rig(engine, config_of(Aggregation(workers=2), SIZE))
     attached = rig.attach(1)
-    assert not rig.session.retire(0, 0, 0)
+    assert not rig.session.passage.retire(0, 0, 0)
     rig.leave(attached)
-    assert rig.session.retire(0, 0, 0)
+    assert rig.session.passage.retire(0, 0, 0)
 
 
 def test_nobody_waits_until_a_worker_that_joins_has_caught_up(engine: CpuEngine) -> None:

@@ -14,7 +14,7 @@ from stepwire_server.engines.cpu.engine import CpuEngine
 from tests.server.sessions.several.model import SIZE, Model, Operation, Run
 from tests.server.sessions.several.rig import Rig, config_of
 
-EXAMPLES = int(os.environ.get("STEPWIRE_WORKERS_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("STEPWIRE_WORKERS_EXAMPLES", "60" if "CI" in os.environ else "20"))
 KINDS = ("join", "step", "step", "step", "step", "come_back", "leave", "break_off", "poison", "repeat", "load")
 KINDS += ("skip_ahead",)
 SECONDS = st.sampled_from([0.0, 0.001, 0.01, 1.0, 5.0, 60.0])

@@ -16,12 +16,12 @@ from stepwire_server.sessions.state import SessionState
 from stepwire_server.steps.reply import split_range
 from stepwire_server.steps.tensor_steps import TensorSteps
 
-__all__ = ["Restoring"]
+__all__ = ["IncomingState"]
 
 _COPY_ELEMENTS: Final = 1 << 20
 
 
-class Restoring:
+class IncomingState:
     """One moment on its way in. A context manager, which gives its memory back."""
 
     def __init__(self, state: SessionState) -> None:
@@ -78,7 +78,7 @@ class Restoring:
         if self._staged is not None:
             self._staged.close()
 
-    def __enter__(self) -> Restoring:
+    def __enter__(self) -> IncomingState:
         """Hold the memory for a block."""
         return self
 

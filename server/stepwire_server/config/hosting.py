@@ -1,4 +1,4 @@
-"""The first half of the settings: addresses, devices, and the life of sessions beyond their server."""
+"""The settings of hosting: where a server listens, where its sessions live, and what keeps them beyond its end."""
 
 from __future__ import annotations
 
@@ -7,26 +7,13 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-__all__ = ["BYTES", "KIB", "MIB", "CoreSettings", "Count", "Positive", "Seconds", "text"]
+from stepwire_server.config.constraints import BYTES, KIB, MIB, Count, Positive, Seconds, text
 
-MIB = 1 << 20
-
-KIB = 1 << 10
-Count = Annotated[int, Meta(ge=0)]
-Positive = Annotated[int, Meta(ge=1)]
-# In every source a size may also be text such as 8G or 512MiB; see `parse_bytes`.
-BYTES = Meta(extra={"unit": "bytes"})
-# Thirty years at most: dates and waits end before infinity.
-Seconds = Annotated[float, Meta(gt=0, le=1e9, extra={"unit": "seconds"})]
+__all__ = ["HostingSettings"]
 
 
-def text(allowed: str, pattern: str) -> Meta:
-    """Return the constraint of a text: its pattern, and the same in words for the error."""
-    return Meta(pattern=pattern, extra={"allowed": allowed})
-
-
-class CoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The settings that come first; `ServerConfig` has the others."""
+class HostingSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The first of the settings; `ServerConfig` has the others."""
 
     bind: Annotated[
         str,
@@ -40,7 +27,7 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         str,
         Meta(
             description="A Unix socket to listen on besides the port, for clients on this machine: an absolute path, "
-            "auto for a private one, off for none."
+            "auto for a private one, off for none. With --tls-client-ca auto is off: nobody shows a certificate there."
         ),
         text("an absolute path, auto or off", r"^(auto|off|/.+)$"),
     ] = "auto"
@@ -74,6 +61,15 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Meta(
             description="The bytes that sessions may hold on each device, such as 8G. 0 means 80 % of the memory; of a "
             "GPU, 80 % of the memory that is free at start."
+        ),
+    ] = 0
+    memory_limit: Annotated[
+        Count,
+        BYTES,
+        Meta(
+            description="The bytes of memory that this process may have in all, such as 16G. From 90 % of them on, "
+            "calls and streams are ended that wait for messages, of which gRPC may have parts. 0 means the "
+            "memory of the machine or the container."
         ),
     ] = 0
     gpu_bus_buffers: Annotated[
@@ -144,9 +140,10 @@ class CoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         str,
         Meta(
             description="The address of the primary, host:port: this server follows it, and serves once it is "
-            "promoted. Empty: this server serves."
+            "promoted. directory: it follows whoever has the shard by the claims in --directory, and serves where "
+            "nobody has. Empty: this server serves."
         ),
-        text("host:port, or empty", r"^(\S+:[0-9]{1,5})?$"),
+        text("host:port, directory, or empty", r"^(\S+:[0-9]{1,5}|directory)?$"),
     ] = ""
     standby_token: Annotated[
         str,

@@ -1,0 +1,275 @@
+"""The move of a model from the servers that it has to others, in any numbers, at the end of a step.
+
+1. Sessions for the new ranges are created. Nobody else knows their ids.
+2. The sessions of all shards are frozen, and come to rest at one step. Its client repeats the next one meanwhile.
+3. Their state is copied, in bounded memory, while the freeze is renewed.
+4. The first former shard keeps the record of the successor. That is the decision.
+5. The other former shards keep it too, and all of them have ended.
+
+Whatever ends in between: before the decision the former shards go on, by themselves once the freeze is over, and the
+new sessions are in vain. Behind it the new ones count. A former shard that has no record yet makes no step of the whole
+any more, since none is made without the first one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import secrets
+import threading
+from collections.abc import Sequence
+from typing import Any, Final
+
+from stepwire.connection.retry import Deadline
+from stepwire.errors import (
+    SessionMovedError,
+    SessionNotFoundError,
+    StateChangedError,
+    StepMismatchError,
+    StepwireError,
+)
+from stepwire.links.server import LinkOptions, RemoteServer
+from stepwire.sharding.fan_out import fan_out
+from stepwire.sharding.partition import Partition
+from stepwire.sharding.server import ShardedServer
+from stepwire.sharding.shard_configs import configs_of, partition_of
+from stepwire.sharding.successors import FoundShard, ShardPlace
+from stepwire.sharding.transfer import Transfer
+from stepwire.sharding.whole import check_alike, whole_session
+from stepwire.v1 import move_pb2
+from stepwire.v1 import optimizer_service_pb2 as pb
+from stepwire.wire.messages import duration_to_wire
+
+__all__ = ["Move"]
+
+_FREEZE_SECONDS: Final = 15.0
+_REST_SECONDS: Final = 30.0
+"""The time that shards may need to come to one step: that of a client to repeat a step that one of them has."""
+_END_SECONDS: Final = 5.0
+
+
+class Move:
+    """One move."""
+
+    def __init__(self, here: ShardedServer, there: Sequence[RemoteServer]) -> None:
+        """Move sessions from some servers to others; a server may be among both."""
+        self._here, self._there = here, tuple(there)
+        self._move_id = secrets.token_hex(16)
+        self._former: list[FoundShard] = []
+        self._new: list[FoundShard] = []
+        self._bound = self._load = self._epoch = 0
+
+    def make(self, session_id: str, deadline: Deadline) -> str:
+        """Move a session, and return the id that it has from now on.
+
+        A session that was moved before keeps its place: what a broken move left open is completed.
+
+        Raises:
+            UnsupportedFeatureError: the session has what cannot be moved; the message names it.
+            StepMismatchError: the shards are not at one step, and their client does not bring them there.
+            StepwireError: the failure of a server. Before the decision the session stays where it was; if that is not
+                known, the message says so.
+        """
+        places = self._here.successors.places(session_id.split(","))
+        try:
+            self._former = fan_out([functools.partial(self._find, place, deadline) for place in places])
+        except SessionMovedError:
+            return self._completed(places, deadline)
+        try:
+            self._copy(deadline)
+        except BaseException:
+            self._undo()
+            raise
+        return self._hand_over(deadline)
+
+    # --- before the decision -----------------------------------------------------------------------------
+
+    def _find(self, place: ShardPlace, deadline: Deadline) -> FoundShard:
+        return FoundShard(
+            *self._here.successors.at_holder(
+                place, lambda server: server.find(place.session_id, deadline.remaining() or None, LinkOptions())
+            )
+        )
+
+    def _copy(self, deadline: Deadline) -> None:
+        """Create the new sessions, freeze the former ones, and copy their state."""
+        messages = [link.description.message for _, link in self._former]
+        check_alike(messages)
+        former = Partition.read([link.description.packer.layout for _, link in self._former])
+        config = whole_session(messages, former.layout).config
+        new = partition_of(config, len(self._there))
+        configs = configs_of(config, new)
+
+        def create(rank: int) -> None:
+            server, name = self._there[rank], f"{self._move_id}.{rank}"
+            link = server.create(configs[rank], name, deadline.remaining() or None, LinkOptions())
+            created[rank] = FoundShard(server, link)
+
+        created: dict[int, FoundShard] = {}
+        try:
+            fan_out([functools.partial(create, rank) for rank in range(len(configs))])
+        finally:
+            self._new = [created[rank] for rank in sorted(created)]
+        self._come_to_rest(deadline)
+        Transfer(former, self._former, new, self._new).make(self._move_id, self._renew, deadline)
+
+    def _come_to_rest(self, deadline: Deadline) -> None:
+        """Freeze all shards at one step: the last that any of them has.
+
+        Raises:
+            StepMismatchError: a shard does not come there.
+        """
+        frozen: list[pb.FreezeSessionResponse] = []
+
+        def attempt(left: Deadline) -> None:
+            frozen[:] = self._freeze(left)
+            self._bound = max(each.last_step for each in frozen)
+            self._load, self._epoch = frozen[0].applied_load, frozen[0].epoch
+            if len({each.applied_load for each in frozen}) > 1:
+                raise StepMismatchError(
+                    "a load of this session was committed on some servers alone; load again, and move it then"
+                )
+            if any(each.applied_step != self._bound for each in frozen):
+                raise StateChangedError(f"the shards have not all come to step {self._bound}")
+
+        retry = self._former[0].server.calls.retry
+        try:
+            retry.call(attempt, retry.deadline(min(_REST_SECONDS, deadline.remaining())))
+        except StateChangedError:
+            steps = [each.applied_step for each in frozen]
+            raise StepMismatchError(
+                f"the shards are at the steps {steps}, and their client does not finish step {self._bound}; have it "
+                "repeat that step with the same gradients, or load one state into all, and move the session then",
+                metadata={"steps": ",".join(map(str, steps))},
+            ) from None
+
+    def _freeze(self, deadline: Deadline) -> list[pb.FreezeSessionResponse]:
+        """Freeze all former shards, at the bound or where they are beyond it."""
+
+        def freeze(shard: FoundShard) -> pb.FreezeSessionResponse:
+            request = pb.FreezeSessionRequest(
+                session_id=shard.link.description.session_id,
+                move_id=self._move_id,
+                last_step=self._bound,
+                lease=duration_to_wire(_FREEZE_SECONDS),
+            )
+            response: pb.FreezeSessionResponse = self._ask(
+                shard, "FreezeSession", request, pb.FreezeSessionResponse, deadline
+            )
+            return response
+
+        return fan_out([functools.partial(freeze, shard) for shard in self._former])
+
+    def _renew(self, over: threading.Event) -> None:
+        """Keep the former shards frozen until the copy is over."""
+        while not over.wait(_FREEZE_SECONDS / 3):
+            self._freeze(self._former[0].server.calls.deadline(_FREEZE_SECONDS / 3))
+
+    def _undo(self) -> None:
+        """Let the former shards go on, and end the new ones; what cannot be reached now has its time."""
+        with contextlib.suppress(StepwireError):
+            fan_out([functools.partial(self._thaw, shard) for shard in self._former])
+        with contextlib.suppress(StepwireError):
+            fan_out([shard.link.close for shard in self._new])
+
+    def _thaw(self, shard: FoundShard) -> None:
+        request = pb.ThawSessionRequest(session_id=shard.link.description.session_id, move_id=self._move_id)
+        shard.server.calls.unary("ThawSession", request, pb.ThawSessionResponse, _END_SECONDS)
+
+    # --- the decision, and behind it ---------------------------------------------------------------------
+
+    def _hand_over(self, deadline: Deadline) -> str:
+        """Have all former shards keep the record, the first one first, and return the new id.
+
+        Raises:
+            StepwireError: as `_decide`; or the session has moved, and its new id is in the metadata.
+        """
+        successor = move_pb2.Successor()
+        for server, link in self._new:
+            successor.shards.add(
+                session_id=link.description.session_id, target=server.calls.target, attach_token=link.hold.token
+            )
+        moved = ",".join(each.session_id for each in successor.shards)
+        first, *others = self._former
+        self._decide(first, successor, deadline)
+        try:
+            fan_out([functools.partial(self._keep, each, successor, deadline, decided=True) for each in others])
+        except StepwireError as error:
+            problem = "the session has moved, and a former shard has no record of it: move it again"
+            raise _retold(error, problem, moved) from None
+        return moved
+
+    def _decide(self, first: FoundShard, successor: move_pb2.Successor, deadline: Deadline) -> None:
+        """Have the first shard keep the record.
+
+        Raises:
+            StateChangedError: it does not rest any more; the session stays where it was.
+            SessionMovedError: another move was faster.
+            StepwireError: nobody can tell whether it has the record.
+        """
+        try:
+            self._keep(first, successor, deadline, decided=False)
+        except (SessionMovedError, SessionNotFoundError, StateChangedError):
+            self._undo()
+            raise
+        except StepwireError as error:
+            raise _retold(error, "nobody can tell whether the session has moved: move it again") from None
+
+    def _keep(self, shard: FoundShard, successor: move_pb2.Successor, deadline: Deadline, *, decided: bool) -> None:
+        request = pb.HandOverSessionRequest(
+            session_id=shard.link.description.session_id,
+            move_id=self._move_id,
+            successor=successor,
+            decided=decided,
+            step=self._bound,
+            load=self._load,
+            epoch=self._epoch,
+        )
+        refused: list[StateChangedError] = []
+
+        def attempt(left: Deadline) -> None:
+            try:
+                shard.server.calls.once("HandOverSession", request, pb.HandOverSessionResponse, left.remaining())
+            except StateChangedError as error:  # it does not rest any more, so asking again is in vain
+                refused.append(error)
+            except StepwireError as error:
+                raise shard.server.calls.followed(error, left) from None
+
+        shard.server.calls.retry.call(attempt, deadline)
+        if refused:
+            raise refused[0]
+
+    def _completed(self, places: Sequence[ShardPlace], deadline: Deadline) -> str:
+        """Complete an earlier move: its first shard has the record, and others perhaps not.
+
+        Raises:
+            StepwireError: the failure of a server.
+        """
+        successor = move_pb2.Successor()
+        for place in self._here.successors.followed(places, deadline):
+            target = place.servers[0].calls.target
+            successor.shards.add(session_id=place.session_id, target=target, attach_token=place.token)
+
+        def complete(place: ShardPlace) -> None:
+            try:
+                self._keep(self._find(place, deadline), successor, deadline, decided=True)
+            except (SessionMovedError, SessionNotFoundError):
+                return
+
+        fan_out([functools.partial(complete, place) for place in places])
+        return ",".join(each.session_id for each in successor.shards)
+
+    @staticmethod
+    def _ask(shard: FoundShard, method: str, request: Any, response: Any, deadline: Deadline) -> Any:
+        """Make a unary call, again until the deadline.
+
+        Raises:
+            StepwireError: the server's refusal, or no connection.
+        """
+        return shard.server.calls.unary(method, request, response, deadline)
+
+
+def _retold(error: StepwireError, problem: str, session_id: str = "") -> StepwireError:
+    """Return an error with the state of the move, and the session's new id if it has one."""
+    metadata = {**error.metadata, **({"session_id": session_id} if session_id else {})}
+    return type(error)(f"{problem}; {error}", reason=error.reason, metadata=metadata)

@@ -1,0 +1,106 @@
+"""The numbers of a state that moves, between the contract's messages and the domain's records."""
+
+from __future__ import annotations
+
+import math
+
+from stepwire.errors import InvalidRequestError
+from stepwire.optimizers.gradient_treatment import check_scale
+from stepwire.v1 import move_pb2, step_pb2
+from stepwire.wire.messages import hyperparameters_from_wire
+from stepwire_server.records.session_config import SessionConfig
+from stepwire_server.records.snapshot import Snapshot
+from stepwire_server.records.step_result import GroupResult, StepResult, StepTimes
+from stepwire_server.rpc.encode import encode_result
+from stepwire_server.rules.loss_scale import LossScale
+from stepwire_server.sessions.exchange import Captured
+
+__all__ = ["decode_numbers", "decode_result", "encode_numbers"]
+
+_COUNTER_END = 2**53
+
+
+def encode_numbers(captured: Captured) -> move_pb2.StateNumbers:
+    """Encode the numbers of a moment."""
+    numbers = captured.numbers
+    message = move_pb2.StateNumbers(
+        step=numbers.step,
+        load=numbers.load,
+        tensor_steps=numbers.tensor_steps,
+        tensor_scalars=numbers.tensor_scalars,
+        sum_bound=captured.sum_bound,
+    )
+    if numbers.loss_scale is not None:
+        message.loss_scale.scale, message.loss_scale.clean_steps = numbers.loss_scale
+    if captured.last_result is not None:
+        encode_result(captured.last_result, 0, message.last_result)
+    return message
+
+
+def decode_numbers(message: move_pb2.StateNumbers, config: SessionConfig) -> tuple[Snapshot, float, StepResult | None]:
+    """Validate the numbers of a moment.
+
+    Returns:
+        The numbers, the bound of the accumulated gradient, and the result of the last step.
+
+    Raises:
+        InvalidRequestError: a field is wrong; the message names it.
+    """
+    tensors, scalars = len(config.layout.tensors), tuple(message.tensor_scalars)
+    if len(message.tensor_steps) != tensors:
+        raise _wrong("tensor_steps", f"{len(message.tensor_steps)} entries; it must be {tensors}")
+    if len(scalars) != (0 if config.rule.tensor_scalar is None else tensors):
+        raise _wrong("tensor_scalars", f"{len(scalars)} entries, and the rule is {config.rule.name}")
+    if wrong := [scalar for scalar in scalars if not 0.0 <= scalar <= 1.0]:
+        raise _wrong("tensor_scalars", f"{wrong[0]!r} is not in [0, 1]")
+    if late := [count for count in (message.step, message.load, *message.tensor_steps) if count >= _COUNTER_END]:
+        raise _wrong("step", f"{late[0]} is not below 2^53")
+    if math.isnan(message.sum_bound) or message.sum_bound < 0:
+        raise _wrong("sum_bound", f"{message.sum_bound!r} is not >= 0")
+    if message.HasField("loss_scale") != (config.treatment.loss_scaling is not None):
+        raise _wrong("loss_scale", "it is set exactly if the session scales losses")
+    loss_scale = None
+    if message.HasField("loss_scale"):
+        check_scale(message.loss_scale.scale, "numbers.loss_scale.scale")
+        loss_scale = LossScale(message.loss_scale.scale, message.loss_scale.clean_steps)
+    result = decode_result(message.last_result) if message.HasField("last_result") else None
+    if result is not None and (result.step != message.step or len(result.groups) != len(config.groups)):
+        raise _wrong("last_result", f"it is of step {result.step} and {len(result.groups)} groups")
+    steps = tuple(message.tensor_steps)
+    return Snapshot(message.step, message.load, steps, loss_scale, scalars), message.sum_bound, result
+
+
+def decode_result(message: step_pb2.StepResult) -> StepResult:
+    """Decode the result of a step of one worker."""
+    telemetry = message.telemetry
+    return StepResult(
+        step=message.step,
+        epoch=message.epoch,
+        skipped=message.skipped,
+        grad_norm=telemetry.grad_norm,
+        non_finite_count=telemetry.non_finite_count,
+        groups=tuple(map(_decode_group, telemetry.groups)),
+        times=StepTimes(telemetry.receive_seconds, telemetry.queue_seconds, telemetry.apply_seconds),
+        accumulated=message.accumulated,
+        clipped_grad_norm=telemetry.clipped_grad_norm,
+        clip_coefficient=telemetry.clip_coefficient,
+        update_norm=telemetry.update_norm if telemetry.HasField("update_norm") else None,
+        param_norm=telemetry.param_norm if telemetry.HasField("param_norm") else None,
+        loss_scale=telemetry.loss_scale if telemetry.HasField("loss_scale") else None,
+    )
+
+
+def _decode_group(message: step_pb2.GroupTelemetry) -> GroupResult:
+    return GroupResult(
+        grad_norm=message.grad_norm,
+        hyperparameters=hyperparameters_from_wire(message.hyperparameters),
+        t=message.t,
+        clipped_grad_norm=message.clipped_grad_norm,
+        clip_coefficient=message.clip_coefficient,
+        update_norm=message.update_norm if message.HasField("update_norm") else None,
+        param_norm=message.param_norm if message.HasField("param_norm") else None,
+    )
+
+
+def _wrong(field: str, problem: str) -> InvalidRequestError:
+    return InvalidRequestError.of(f"numbers.{field}", problem)

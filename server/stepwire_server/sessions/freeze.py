@@ -1,0 +1,102 @@
+"""The rest of a session for the time of a move: no step beyond one number is admitted, and no load.
+
+A freeze is in memory alone, and ends by itself. So a mover that is gone stops nobody for long, and a server that was
+restarted has forgotten it. The end of a move asks for the freeze once more, and so finds out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from stepwire.errors import Reason, UnavailableError
+
+__all__ = ["Freeze", "Frozen", "Rest"]
+
+_RETRY_SECONDS: Final = 0.05
+
+
+class Frozen(NamedTuple):
+    """A frozen session.
+
+    Attributes:
+        applied_step: its last committed step.
+        last_step: the last step that is admitted.
+        applied_load: its last committed load.
+        epoch: its epoch.
+    """
+
+    applied_step: int
+    last_step: int
+    applied_load: int
+    epoch: int
+
+
+class Rest(NamedTuple):
+    """The moment at which a session rests, as its mover knows it.
+
+    Attributes:
+        move_id: the name of the move.
+        step: the last step.
+        load: the last load.
+        epoch: the epoch.
+    """
+
+    move_id: str
+    step: int
+    load: int
+    epoch: int
+
+
+class Freeze:
+    """One freeze.
+
+    Attributes:
+        move_id: the name of the move.
+        last_step: the last step that is admitted.
+    """
+
+    def __init__(self, move_id: str, last_step: int, seconds: float, clock: Callable[[], float]) -> None:
+        """Freeze for some seconds of a clock."""
+        self.move_id = move_id
+        self.last_step = last_step
+        self._clock = clock
+        self._end = clock() + seconds
+
+    @property
+    def is_lasting(self) -> bool:
+        """The record of a successor may be on the disk: the session rests until its mover asks for that again."""
+        return self._end == math.inf
+
+    @property
+    def is_over(self) -> bool:
+        """The session goes on: the mover has not renewed the freeze."""
+        return self._clock() >= self._end
+
+    def check_step(self, step: int) -> None:
+        """Refuse a step beyond the last one.
+
+        Raises:
+            UnavailableError: SESSION_MOVING.
+        """
+        if step > self.last_step and not self.is_over:
+            raise _moving("step", step, f"is admitted no step beyond {self.last_step}")
+
+    def check_load(self, load: int) -> None:
+        """Refuse a load.
+
+        Raises:
+            UnavailableError: SESSION_MOVING.
+        """
+        if not self.is_over:
+            raise _moving("load", load, "is admitted no load")
+
+
+def _moving(what: str, number: int, bound: str) -> UnavailableError:
+    return UnavailableError(
+        f"{what} {number}: the session is moving to other servers, and {bound}; nothing was applied, try again",
+        reason=Reason.SESSION_MOVING,
+        metadata={what: number},
+        retry_after_seconds=_RETRY_SECONDS,
+    )

@@ -1,0 +1,137 @@
+"""Moves of sessions to other servers: frozen, exported, imported, and handed over.
+
+The order is the proof. A mover freezes the sessions of all shards at one step, copies their states into new sessions
+that nobody knows yet, and then asks the first shard to keep the record of the successor. That record is the decision:
+before it the old sessions count, behind it the new ones. The first shard keeps it only while it rests, in its memory,
+for that very move. So a step that any shard has applied meanwhile was acknowledged by nobody, since the first shard has
+not applied it; and its client sends it again where the model is then.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
+from stepwire_server.durability.moved import MovedSession, MovedShard
+from stepwire_server.sessions.attach_tokens import AttachTokens
+from stepwire_server.sessions.freeze import Frozen, Rest
+from stepwire_server.sessions.named_checkpoints import telling_of_the_disk
+from stepwire_server.sessions.registry import Registry
+from stepwire_server.sessions.session import Session
+from stepwire_server.sessions.workers import Holder, Worker
+
+__all__ = ["Moves"]
+
+
+class Moves:
+    """Moves sessions of a registry away, and receives those of others. Thread-safe."""
+
+    def __init__(self, registry: Registry) -> None:
+        """Serve the sessions of a registry."""
+        self._registry = registry
+
+    def freeze(self, session: Session, move_id: str, last_step: int, seconds: float) -> Frozen:
+        """Freeze a session; see `Passage.freeze`.
+
+        Raises:
+            UnsupportedFeatureError: the session has what cannot be moved; the message names it.
+            StepwireError: as `Passage.freeze`.
+        """
+        self._check_movable(session)
+        return session.passage.freeze(move_id, last_step, seconds)
+
+    def keep(self, session: Session) -> None:
+        """Make an imported state as durable as its session is to be.
+
+        Raises:
+            DataLossError: DURABILITY_FAILED, the disk failed.
+        """
+        if session.durable and self._registry.directory is not None:
+            with telling_of_the_disk():
+                self._registry.directory.checkpointer.checkpoint(session)
+
+    def hand_over(self, session_id: str, rest: Rest, shards: Sequence[MovedShard], *, decided: bool) -> bool:
+        """End a session that lives on elsewhere, and keep the record of its successor; False if that was done before.
+
+        Args:
+            session_id: the session's id.
+            rest: the move, and the moment at which the session rests.
+            shards: the successor.
+            decided: the first shard has its record: the session need not rest.
+
+        Raises:
+            InvalidRequestError: the successor has no shards.
+            StateChangedError: the session is not frozen by this move; it stays.
+            SessionMovedError: another move has moved it.
+            DataLossError: DURABILITY_FAILED, the disk failed; the record may be there.
+        """
+        if not shards:
+            raise InvalidRequestError.of("successor.shards", "there are none; name the sessions that it lives on in")
+        known = self._registry.moved.get(session_id)
+        if known is not None and known.move_id == rest.move_id:
+            return False
+        leave = functools.partial(self._leave, rest=rest, shards=tuple(shards), decided=decided)
+        self._registry.delete(session_id, leave=leave)
+        return True
+
+    def successor(self, session_id: str, token: int) -> tuple[MovedShard, ...]:
+        """Return the shards that a session lives on in; none for a session that is still here.
+
+        Args:
+            session_id: the session's id.
+            token: of the client that held the worker at the end; without it no tokens come. 0 for a client without one.
+
+        Raises:
+            SessionNotFoundError: there is no such session.
+            FencedError: the token is of a client that had lost the worker.
+        """
+        if (moved := self._registry.moved.get(session_id)) is None:
+            self._registry.get(session_id)
+            return ()
+        if not token:
+            return tuple(MovedShard(each.session_id, each.target, 0) for each in moved.shards)
+        _held_at_the_end(moved).check_client(token)
+        return moved.shards
+
+    def _leave(self, session: Session, *, rest: Rest, shards: tuple[MovedShard, ...], decided: bool) -> None:
+        with session.passage.leaving(None if decided else rest) as holder:
+            record = MovedSession(
+                session_id=session.session_id,
+                request_id=session.request_id,
+                tenant=session.tenant,
+                move_id=rest.move_id,
+                attach_key=session.ledger.members.tokens.key,
+                generation=holder.generation,
+                acquired=holder.acquired,
+                shards=shards,
+            )
+            self._registry.moved.add(record, durable=session.durable)
+
+    def _check_movable(self, session: Session) -> None:
+        config, directory = session.config, self._registry.directory
+        obstacles = {
+            "aggregation": ("several workers", config.aggregation is not None),
+            "row_ids": ("rows that are named by ids", bool(config.hashed_tables)),
+            "durability_replicated": ("durability 'replicated'", config.durability.level == "replicated"),
+            "checkpoint_store": (
+                "a server with an object store",
+                session.durable and directory is not None and directory.own.mirror is not None,
+            ),
+        }
+        for feature, (what, present) in obstacles.items():
+            if present:
+                raise UnsupportedFeatureError(
+                    f"move: the session has {what}, which cannot be moved to other servers; save its state with "
+                    "Session.state(), and load it into a session there",
+                    metadata={"field": "move", "feature": feature},
+                )
+
+
+def _held_at_the_end(moved: MovedSession) -> Worker:
+    """Return the worker of a session as it was at the end."""
+    tokens = AttachTokens()
+    tokens.adopt(moved.attach_key)
+    worker = Worker(0, tokens)
+    worker.holder = Holder(0, moved.generation, moved.acquired, None)
+    return worker

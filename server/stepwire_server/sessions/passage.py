@@ -1,0 +1,198 @@
+"""The ways of a session out of memory, where it lives on: on the disk alone, or on other servers; and the way in."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+from stepwire.errors import DataLossError, StateChangedError
+from stepwire_server.records.snapshot import Snapshot
+from stepwire_server.records.step_result import StepResult
+from stepwire_server.sessions.calls_under_way import CallsUnderWay
+from stepwire_server.sessions.contributions import Contributions, Parts
+from stepwire_server.sessions.exchange import Captured, StateExchange
+from stepwire_server.sessions.freeze import Freeze, Frozen, Rest
+from stepwire_server.sessions.imported_state import ImportedState
+from stepwire_server.sessions.ledger import session_parked
+from stepwire_server.steps.step import Hold
+
+__all__ = ["Passage"]
+
+
+class Passage:
+    """The door of a session that lives on elsewhere, or comes from there. Thread-safe: it shares the session's lock."""
+
+    def __init__(
+        self, parts: Parts, exchange: StateExchange, calls: CallsUnderWay, contributions: Contributions | None
+    ) -> None:
+        """Use the parts of a session.
+
+        Args:
+            parts: the parts.
+            exchange: its state in and out.
+            calls: its calls.
+            contributions: its door for several workers; None for one worker.
+        """
+        self._config, self._state, self._ledger, self._lock = parts.config, parts.state, parts.ledger, parts.lock
+        self._progress, self._clock = parts.progress, parts.clock
+        self._exchange = exchange
+        self._calls, self._contributions = calls, contributions
+
+    @property
+    def in_use(self) -> bool:
+        """A stream is attached, or a call is under way."""
+        return bool(self._ledger.attached or self._exchange.loads or self._calls)
+
+    def release(self) -> None:
+        """Free the memory. Under the lock."""
+        try:
+            if self._contributions is not None:
+                self._contributions.close()
+        finally:
+            self._state.close()
+
+    def retire(self, step: int, load: int, position: int, *, half: bool = False) -> bool:
+        """Leave memory, if the disk has the present moment, a `Saved`, and nobody uses the session.
+
+        With `half` a step is half applied, and is dropped with whoever is sending it.
+
+        Returns:
+            False if it is in use, or has moved on since; nothing has changed then.
+        """
+        with self._lock:
+            ledger = self._ledger
+            moved = (step, load) != (ledger.applied_step, ledger.applied_load) or self._progress.last.number > position
+            used = not half and self.in_use
+            if moved or used or ledger.closed or (self._state.unfinished is not None) != half:
+                return False
+            self._leave()
+            return True
+
+    def freeze(self, move_id: str, last_step: int, seconds: float) -> Frozen:
+        """Admit no step beyond the present one, or a later one, and no load, for some seconds; again to renew.
+
+        A step that is half applied is the present one.
+
+        Raises:
+            SessionNotFoundError, DataLossError, SessionNotReadyError: there is no sound state.
+            FencedError: another server owns the data directory.
+        """
+        with self._lock:
+            ledger, half = self._ledger, self._state.unfinished
+            ledger.check_usable()
+            present = ledger.applied_step if half is None else half.number
+            former = ledger.freeze
+            if former is not None and former.move_id == move_id and not former.is_over:
+                last_step = max(last_step, former.last_step)
+            if former is None or not former.is_lasting:
+                former = Freeze(move_id, max(last_step, present), seconds, self._clock)
+            ledger.freeze = former
+            frozen = Frozen(ledger.applied_step, former.last_step, ledger.applied_load, ledger.epoch)
+            mark = self._progress.last
+        self._progress.read(mark)
+        return frozen
+
+    def thaw(self, move_id: str) -> None:
+        """Go on, if this move has frozen the session."""
+        with self._lock:
+            freeze = self._ledger.freeze
+            if freeze is not None and freeze.move_id == move_id and not freeze.is_lasting:
+                self._ledger.freeze = None
+
+    @contextlib.contextmanager
+    def exported(self, move_id: str) -> Iterator[Captured]:
+        """Keep the state of a frozen session for a block, so that it can be read.
+
+        Raises:
+            StateChangedError: the session is not frozen by this move, is not at rest, or a checkpoint is being read.
+            StepwireError: as `StateExchange.captured`.
+        """
+        with self._lock:
+            last_step = self._at_rest(move_id)
+        with self._exchange.captured() as captured:
+            if captured.numbers.step != last_step:
+                raise _not_frozen(move_id)
+            yield captured
+
+    @contextlib.contextmanager
+    def leaving(self, rest: Rest | None) -> Iterator[Hold]:
+        """End the session after a block that keeps the record of its successor; it stays if the block fails.
+
+        Args:
+            rest: the moment at which it rests; None where the record of the first shard has decided.
+
+        Yields:
+            The present hold of the worker.
+
+        Raises:
+            StateChangedError: the session is not frozen by this move, or is not at rest.
+            SessionNotFoundError, DataLossError: there is no sound state.
+        """
+        with self._lock:
+            self._ledger.check_open()
+            ledger = self._ledger
+            if rest is not None:
+                present = (self._at_rest(rest.move_id), ledger.applied_load, ledger.epoch)
+                if present != (rest.step, rest.load, rest.epoch):
+                    raise _not_frozen(rest.move_id)
+            try:
+                yield ledger.worker.holder
+            except DataLossError:  # the record may be there, and the next server would find it: nothing goes on here
+                name = "" if rest is None else rest.move_id
+                ledger.freeze = Freeze(name, ledger.applied_step, math.inf, self._clock)
+                raise
+            self._leave()
+
+    @contextlib.contextmanager
+    def importing(self, token: int) -> Iterator[ImportedState]:
+        """Bring a state of other sessions into this new one, for a block.
+
+        Args:
+            token: that of the holder of the worker.
+
+        Raises:
+            FencedError, UnavailableError: as `Worker.holder_of`.
+            ResourceExhaustedError: as `StateExchange.incoming`.
+        """
+        with self._lock:
+            holder = self._ledger.worker.holder_of(token)
+        with self._exchange.loads.one(), self._exchange.incoming() as incoming:
+            yield ImportedState(self._config, self._ledger, self._lock, incoming, holder)
+
+    def complete(
+        self, imported: ImportedState, numbers: Snapshot, sum_bound: float, last_result: StepResult | None
+    ) -> None:
+        """Complete a state that has arrived.
+
+        Raises:
+            StepwireError: as `ImportedState.check`; the session is as unusable as before.
+        """
+        imported.check()
+        holder = self._ledger.worker.holder
+        captured = Captured(numbers, sum_bound, ready=True, last_result=last_result, holder=holder, acquisitions=0)
+        self._exchange.restored(imported.incoming, captured)
+
+    def _at_rest(self, move_id: str) -> int:
+        """Return the step that the session rests at. Under the lock."""
+        self._ledger.check_sound()
+        freeze = self._ledger.freeze
+        frozen = freeze is not None and freeze.move_id == move_id and not freeze.is_over
+        if freeze is None or not frozen or self._ledger.applied_step != freeze.last_step:
+            raise _not_frozen(move_id)
+        return freeze.last_step
+
+    def _leave(self) -> None:
+        """End in this object: whoever has found it just now finds out when it asks again. Under the lock."""
+        ledger = self._ledger
+        ledger.closed = ledger.parked = True
+        ledger.members.end(session_parked(ledger.session_id))
+        self.release()
+
+
+def _not_frozen(move_id: str) -> StateChangedError:
+    return StateChangedError(
+        f"the session does not rest for the move {move_id[:64]!r}: the freeze is over, was made by another move, or "
+        "its server was restarted; the session stays here, begin the move again",
+        metadata={"move_id": move_id[:64]},
+    )

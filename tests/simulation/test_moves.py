@@ -1,0 +1,54 @@
+"""Histories of a model that moves between servers, on virtual time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from stepwire_server.durability.moved import MovedSessions
+from stepwire_server.sessions.freeze import Freeze
+from stepwire_server.sessions.passage import Passage
+from tests.simulation.history import Broken
+from tests.simulation.move_history import MovingShape, moving_faults_of, moving_shape_of, run_moving
+
+SMALL = MovingShape(servers=3, tensors=4, steps=6, two_phase=True, calls=1000)
+
+
+@pytest.fixture(autouse=True)
+def _without_log() -> Iterator[None]:
+    """Tasks of killed processes end in errors, which their code logs."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def test_the_same_seed_is_the_same_history_of_a_model_that_moves() -> None:
+    first = run_moving(3, SMALL, [])
+    assert first == run_moving(3, SMALL, [])
+    assert first[1] > 1
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_model_that_moves_is_right_through_all_faults(seed: int) -> None:
+    run_moving(seed, moving_shape_of(seed), moving_faults_of(seed))
+
+
+def test_without_a_rest_a_lost_step_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The simulation tells a right mechanism from a wrong one."""
+    monkeypatch.setattr(Freeze, "check_step", lambda self, step: None)
+    monkeypatch.setattr(
+        Passage, "_at_rest", lambda self, move: self._ledger.freeze.last_step if self._ledger.freeze else 0
+    )
+    with pytest.raises(Broken, match="told"):
+        for seed in range(20):
+            run_moving(seed, SMALL, [])
+
+
+def test_without_a_record_on_the_disk_two_models_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The former shards are there again once their servers are restarted, and the new ones as well."""
+    monkeypatch.setattr(MovedSessions, "_write", lambda self, disk, record: None)
+    with pytest.raises(Broken):
+        for seed in range(100):
+            run_moving(seed, moving_shape_of(seed), moving_faults_of(seed))
