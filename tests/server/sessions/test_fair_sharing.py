@@ -133,8 +133,8 @@ def test_a_pass_over_more_than_one_turn_has_the_bits_of_one_pass(
     result, in_turns = apply_step(cut, gradient)
     assert len(passes.sizes) == 4
     assert in_turns.tobytes() == reply.tobytes()
-    assert result.update_norm == pytest.approx(expected.update_norm, rel=1e-6)
-    assert result.param_norm == pytest.approx(expected.param_norm, rel=1e-6)
+    assert result.update_norm == pytest.approx(expected.update_norm, rel=1e-5)
+    assert result.param_norm == pytest.approx(expected.param_norm, rel=1e-5)
     for slot, values in everything(whole)[1].items():
         assert everything(cut)[1][slot].tobytes() == values.tobytes()
 

@@ -126,7 +126,7 @@ def test_chunks_in_any_order_give_the_bits_of_a_whole_step(make: Any, precision:
             expected.grad_norm,
             [group.t for group in expected.groups],
         )
-        assert result.update_norm == pytest.approx(expected.update_norm, rel=1e-6)
+        assert result.update_norm == pytest.approx(expected.update_norm, rel=1e-5)
         assert state(one) == state(other)
 
 
@@ -142,7 +142,7 @@ def test_a_broken_step_is_finished_and_nothing_is_applied_twice(make: Any, first
     result, reply = attempt(one, values, ranges(one, [100, 1000, 2222]))
     assert (one.unfinished_step, result.step, result.grad_norm) == (0, 2, expected[0].grad_norm)
     assert reply.tobytes() == expected[1].tobytes()
-    assert result.update_norm == pytest.approx(expected[0].update_norm, rel=1e-6)
+    assert result.update_norm == pytest.approx(expected[0].update_norm, rel=1e-5)
     assert state(one) == state(other)
 
 
