@@ -19,6 +19,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from stepwire.memory_map import LARGE_PAGE_BYTES, MemoryMap
+
 __all__ = ["SharedMemory", "in_pages"]
 
 # Linux 5.1; the module `fcntl` does not name it yet.
@@ -51,8 +53,8 @@ class SharedMemory:
             descriptor = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             undo.callback(os.close, descriptor)
             os.ftruncate(descriptor, self.nbytes)
-            os.posix_fallocate(descriptor, 0, self.nbytes)
-            self._map: mmap.mmap | None = mmap.mmap(descriptor, self.nbytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+            mapping = _filled(descriptor, self.nbytes)
+            self._mapping: MemoryMap | None = mapping
             self._descriptor: int | None = _sealed(descriptor, read_only=read_only)
             if self._descriptor == descriptor:
                 undo.pop_all()
@@ -70,17 +72,17 @@ class SharedMemory:
             OSError: the system has no descriptors left.
         """
         twin = object.__new__(SharedMemory)
-        twin.nbytes, twin._map, twin._descriptor = self.nbytes, self._map, os.dup(self.descriptor)
+        twin.nbytes, twin._mapping, twin._descriptor = self.nbytes, self._mapping, os.dup(self.descriptor)
         return twin
 
     def array(self, dtype: np.dtype[Any], items: int) -> npt.NDArray[Any]:
         """Return the first items as an array, `(items,)`."""
-        assert self._map is not None
-        return np.frombuffer(self._map, dtype, items)
+        assert self._mapping is not None
+        return self._mapping.array(dtype, items)
 
     def close(self) -> None:
         """Close the descriptor and drop the mapping. Closing twice is harmless."""
-        descriptor, self._descriptor, self._map = self._descriptor, None, None
+        descriptor, self._descriptor, self._mapping = self._descriptor, None, None
         if descriptor is not None:
             os.close(descriptor)
 
@@ -98,6 +100,21 @@ class SharedMemory:
 def in_pages(nbytes: int) -> int:
     """Round up to whole pages, at least one: nothing can be mapped of nothing."""
     return -(-max(nbytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def _filled(descriptor: int, nbytes: int) -> MemoryMap:
+    """Map empty memory, and reserve its pages, large ones as far as the system has any.
+
+    Raises:
+        OSError: the system has no memory or no addresses left.
+    """
+    for start in range(0, nbytes - LARGE_PAGE_BYTES + 1, LARGE_PAGE_BYTES):
+        os.posix_fallocate(descriptor, start, mmap.PAGESIZE)  # what is nothing yet is made no large page
+    mapping = MemoryMap(descriptor, nbytes)
+    mapping.make_large()
+    os.posix_fallocate(descriptor, 0, nbytes)
+    mapping.populate()
+    return mapping
 
 
 def _sealed(descriptor: int, *, read_only: bool) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from stepwire.memory_map import LARGE_PAGE_BYTES
 from stepwire_server.host.sealed_memory import SharedMemory, in_pages
 from tests.support.raw_handoff import held_by_process
 
@@ -42,6 +43,13 @@ def test_memory_is_whole_pages_of_zeros_all_there(asked: int, pages: int) -> Non
         assert memory.nbytes == pages * mmap.PAGESIZE == in_pages(asked)
         assert os.fstat(memory.descriptor).st_size == memory.nbytes == allocated_bytes(memory.descriptor)
         assert not memory.array(BYTES, memory.nbytes).any()
+
+
+def test_memory_beyond_large_pages_is_all_there_too() -> None:
+    with SharedMemory("stepwire-test", 2 * LARGE_PAGE_BYTES + 1) as memory:
+        assert allocated_bytes(memory.descriptor) == memory.nbytes == 2 * LARGE_PAGE_BYTES + mmap.PAGESIZE
+        values = memory.array(BYTES, memory.nbytes)
+        assert (values.ctypes.data % LARGE_PAGE_BYTES, values.any()) == (0, False)
 
 
 def test_the_seals_are_these() -> None:
@@ -109,7 +117,7 @@ def test_where_the_kernel_lacks_the_seal_a_descriptor_to_read_is_handed_out(monk
             mmap.mmap(memory.descriptor, memory.nbytes)
         memory.array(BYTES, 1)[0] = 5
         assert mmap.mmap(memory.descriptor, memory.nbytes, prot=mmap.PROT_READ)[0] == 5
-        assert held_by_process()[0] == before[0] + 2  # that one, and the mapping's own
+        assert held_by_process()[0] == before[0] + 1
     assert held_by_process() == before
 
 
@@ -142,12 +150,12 @@ def test_arrays_outlive_the_memory_that_they_are_of() -> None:
     before = held_by_process()
     memory = SharedMemory("stepwire-gradient", mmap.PAGESIZE)
     values = memory.array(FLOATS, 3)
-    assert held_by_process() == (before[0] + 2, before[1] + 1)
+    assert held_by_process() == (before[0] + 1, before[1] + 1)
     memory.close()
     memory.close()
     values[:] = 3.0
     assert values.sum() == 9.0
-    assert held_by_process() == (before[0] + 1, before[1] + 1)
+    assert held_by_process() == (before[0], before[1] + 1)
     del values
     assert held_by_process() == before
 

@@ -7,7 +7,6 @@ open for as long as the memory is used: its end tells the server.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import fcntl
 import mmap
@@ -22,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwire.errors import UnavailableError
+from stepwire.memory_map import MemoryMap, map_over
 from stepwire.transports.handoff import Handed, handed_over
 from stepwire.v1 import transport_pb2
 from stepwire.wire.dtypes import FLOAT32, dtype_from_wire, wire_bytes, wire_items
@@ -33,8 +33,6 @@ DESCRIPTORS: Final = 2
 
 _FIXED_SIZE: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 _PATTERN_BYTES: Final = 64
-_MADV_POPULATE_READ: Final = 22  # Linux 5.14
-_MAP_FIXED: Final = 0x10
 
 _parameter_maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 _open: weakref.WeakSet[SharedMemory] = weakref.WeakSet()
@@ -54,25 +52,25 @@ class SharedMemory:
         self,
         connection: socket.socket,
         handoff: transport_pb2.Handoff,
-        gradient: mmap.mmap,
-        parameters: mmap.mmap,
+        gradient: MemoryMap,
+        parameters: MemoryMap,
         size: int,
         descriptor: int,
     ) -> None:
         """Use memory that was fetched, and keep its connection, and a copy of the gradient's descriptor."""
         gradient_dtype = dtype_from_wire(handoff.gradient_dtype, FLOAT32, "handoff.gradient_dtype", gradients=True)
         reply_dtype = dtype_from_wire(handoff.reply_dtype, FLOAT32, "handoff.reply_dtype")
-        self.gradient: npt.NDArray[Any] = np.frombuffer(gradient, gradient_dtype, wire_items(gradient_dtype, size))
-        self.private: npt.NDArray[Any] = np.frombuffer(parameters, reply_dtype, size)
+        self.gradient: npt.NDArray[Any] = gradient.array(gradient_dtype, wire_items(gradient_dtype, size))
+        self.private: npt.NDArray[Any] = parameters.array(reply_dtype, size)
         self.parameters: npt.NDArray[Any] = self.private.view()
         self.parameters.flags.writeable = False
-        self._pages = parameters
+        self._mapping = parameters
         # Also when nobody closes it: a client was closed with its sessions attached, or everything was dropped.
         self._descriptor = os.dup(descriptor)
         self._let_go = weakref.finalize(self, _let_go, connection, self._descriptor)
-        self._start = np.frombuffer(gradient, np.uint8)
-        self._parameters_start = np.frombuffer(parameters, np.uint8)
-        _parameter_maps.add(parameters)
+        self._bytes = gradient.array(np.uint8, gradient.nbytes)
+        self._parameter_bytes = parameters.array(np.uint8, parameters.nbytes)
+        _parameter_maps.add(parameters.owner)
         _open.add(self)
 
     @classmethod
@@ -93,17 +91,17 @@ class SharedMemory:
             ask: a function that sends a pattern, and returns the bytes that the server sees where the parameters begin.
         """
         pattern = os.urandom(_PATTERN_BYTES)
-        start = self._start[:_PATTERN_BYTES]
+        start = self._bytes[:_PATTERN_BYTES]
         start[:] = np.frombuffer(pattern, np.uint8)
         try:
             seen = ask(pattern)
         finally:
             start[:] = 0
-        return bool(seen) and seen == self._parameters_start[: len(seen)].tobytes()
+        return bool(seen) and seen == self._parameter_bytes[: len(seen)].tobytes()
 
     def forget_writes(self) -> None:
         """Show the server's parameters everywhere again, also in pages of `private` that were written."""
-        self._pages.madvise(mmap.MADV_DONTNEED)
+        self._mapping.forget_writes()
 
     def close(self) -> None:
         """Tell the server that the memory is not used any more; it goes with the last array that shows it."""
@@ -118,13 +116,11 @@ class SharedMemory:
         """
         if not self._let_go.alive:
             return
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.mmap.restype = ctypes.c_void_p
-        address, nbytes = ctypes.c_void_p(self._start.ctypes.data), ctypes.c_size_t(self._start.nbytes)
-        access, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED
-        made = libc.mmap(address, nbytes, access, flags, self._descriptor, ctypes.c_long(0))
-        if made != self._start.ctypes.data:  # no memory for it: a write is a segmentation fault
-            libc.mprotect(address, nbytes, mmap.PROT_READ)
+        address, nbytes = self._bytes.ctypes.data, self._bytes.nbytes
+        try:
+            map_over(address, nbytes, self._descriptor, private=True)
+        except OSError:  # no memory for it: a write is a segmentation fault
+            ctypes.CDLL(None).mprotect(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), mmap.PROT_READ)
         self.close()
 
 
@@ -167,18 +163,19 @@ def fetch(handoff: transport_pb2.Handoff, size: int, timeout_seconds: float, acc
         return SharedMemory.mapped(handed, handoff, size)
 
 
-def _mapped(descriptors: list[int], handoff: transport_pb2.Handoff, size: int) -> tuple[mmap.mmap, mmap.mmap]:
+def _mapped(descriptors: list[int], handoff: transport_pb2.Handoff, size: int) -> tuple[MemoryMap, MemoryMap]:
     gradient, parameters = descriptors
     _check(gradient, handoff.gradient_bytes, _needed(handoff.gradient_dtype, size), "gradient")
     _check(parameters, handoff.parameter_bytes, _needed(handoff.reply_dtype, size), "parameters")
-    shared = mmap.mmap(gradient, handoff.gradient_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-    # Private, because frameworks write their parameters now and then: a shared mapping could only be read, and writing
-    # would end the process. Pages without writes are the server's own all the same. MAP_POPULATE would copy them.
-    access = mmap.PROT_READ | mmap.PROT_WRITE
-    private = mmap.mmap(parameters, handoff.parameter_bytes, flags=mmap.MAP_PRIVATE, prot=access)
-    with contextlib.suppress(OSError):  # an older kernel: the first look at each page takes longer
-        private.madvise(_MADV_POPULATE_READ)
-    return shared, private
+    # The parameters private, because frameworks write theirs now and then: a shared mapping could only be read, and
+    # writing would end the process. Pages without writes are the server's own all the same.
+    mappings = (
+        MemoryMap(gradient, handoff.gradient_bytes),
+        MemoryMap(parameters, handoff.parameter_bytes, private=True),
+    )
+    for mapping in mappings:
+        mapping.populate()
+    return mappings
 
 
 def _needed(dtype: int, size: int) -> int:

@@ -232,8 +232,9 @@ def test_arrays_that_show_parameters_are_known(memory: SharedMemory) -> None:
 
 # A fork of this process, with its threads, could hang for reasons that are not ours.
 FORKING = """
-import mmap, os, socket, sys
+import os, socket, sys
 import numpy as np
+from stepwire.memory_map import MemoryMap
 from stepwire.transports.host.memory import SharedMemory
 from stepwire.v1 import transport_pb2
 
@@ -241,7 +242,8 @@ ours, theirs = socket.socketpair()
 handoff = transport_pb2.Handoff(gradient_dtype=1, reply_dtype=1)
 descriptor = os.memfd_create("gradient")
 os.ftruncate(descriptor, 4096)
-memory = SharedMemory(ours, handoff, mmap.mmap(descriptor, 4096), mmap.mmap(-1, 4096), 100, descriptor)
+mappings = MemoryMap(descriptor, 4096), MemoryMap(descriptor, 4096, private=True)
+memory = SharedMemory(ours, handoff, *mappings, 100, descriptor)
 memory.gradient[:] = 3.0
 child = os.fork()
 if not child:
@@ -261,4 +263,4 @@ def test_a_forked_child_reads_its_parents_gradient_and_its_writes_are_its_own(do
     command = [sys.executable, "-c", FORKING, does]
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert said[:3] == [str(ended), "301.0", "b''"]
-    assert int(said[3]) == len(["in", "out", "err", "theirs", "memfd", "mmap", "listdir"])
+    assert int(said[3]) == len(["in", "out", "err", "theirs", "memfd", "listdir"])
