@@ -20,10 +20,11 @@ examples: .venv-examples/stamp
 
 # One worker more than there are processors, since many tests wait for a socket now and then. A worker takes neighbours and
 # gives what is left to whoever has nothing more, so that few kernels are compiled twice. Server processes start faster
-# where Python may keep its bytecode. Long tests are left out, and of many cases of one kind every fourth is run: CI has all
-# of them, and `make test SAMPLE=` too. `make test ARGUMENTS='-m "not slow"'` leaves out what takes seconds.
+# where Python may keep its bytecode. Long tests are left out, and of many cases of one kind every fourth is run. CI has the
+# long ones and every second case; `make test SAMPLE=` has all of them. `make test ARGUMENTS='-m "not slow"'` leaves out what
+# takes seconds.
 WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
-SAMPLE ?= $(if $(CI),,--sample)
+SAMPLE ?= $(if $(CI),--every 2,--sample)
 test: .venv/stamp-dev
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(SAMPLE) $(ARGUMENTS)
 

@@ -35,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--sample", action="store_true", help="leave out what is `long`, and three cases of four of what is `many`"
     )
+    parser.addoption("--every", type=int, default=1, metavar="N", help="run every N-th case of what is `many`")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,15 +46,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is long, and three cases of four, where a sample is asked for; the first of each test stays."""
-    if not config.getoption("sample"):
-        return
+    """Leave out what is long, and cases of what is many, where that is asked for; the first of each test stays."""
+    sample = config.getoption("sample")
+    every = 4 if sample else config.getoption("every")
     cases = defaultdict[tuple[str, str], list[pytest.Item]](list)
     for item in items:
         if item.get_closest_marker("many") is not None:
             cases[str(item.path), getattr(item, "originalname", item.name)].append(item)
-    left_out = {item for item in items if item.get_closest_marker("long") is not None}
-    left_out |= {item for each in cases.values() if len(each) > 2 for index, item in enumerate(each) if index % 4}
+    left_out = {item for item in items if sample and item.get_closest_marker("long") is not None}
+    left_out |= {item for each in cases.values() if len(each) > 2 for index, item in enumerate(each) if index % every}
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=list(left_out))
 
