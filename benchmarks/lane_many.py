@@ -1,4 +1,7 @@
-"""Many small sessions on one host: over compiled lanes, over packet lanes in Python, and over TCP."""
+"""Many small sessions on one host: over compiled lanes, over packet lanes in Python, and over TCP.
+
+The same clients with nothing but doorbells are beside them: what two wakes and a loop in Python leave of two cores.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NamedTuple
 
 from child import child, python
+from doorbell import doorbell_process
 from fairness import jains_index
 from stepwire_server.processes.spawn import server_process
 
@@ -54,19 +58,23 @@ def lane_many(scale: Scale) -> dict[str, Any]:
     """Return the steps a second and Jain's index of each way, and the ratios of steps."""
     rates, figures = dict[str, float](), dict[str, Any]({"many sessions": scale.sessions})
     for way, (transport, flags) in _WAYS.items():
-        counts = _counts(transport, flags, scale)
+        with server_process("--device", "cpu", *flags) as server:
+            counts = _counts(server.target, transport, scale)
         rates[way] = sum(counts) / scale.seconds
         figures[f"many {way} steps a second"] = rates[way]
         figures[f"many {way} Jain's index"] = jains_index([float(count) for count in counts])
-    for other in ("packets", "tcp"):
-        figures[f"many compiled to {other}"] = rates["compiled"] / rates[other]
+    with doorbell_process() as path:
+        rates["doorbell"] = sum(_counts(path, "doorbell", scale._replace(warm_seconds=0.0))) / scale.seconds
+    figures["many doorbells a second"] = rates["doorbell"]
+    for one, other in (("compiled", "packets"), ("compiled", "tcp"), ("compiled", "doorbell"), ("doorbell", "tcp")):
+        figures[f"many {one} to {other}"] = rates[one] / rates[other]
     return figures
 
 
-def _counts(transport: str, flags: tuple[str, ...], scale: Scale) -> list[int]:
+def _counts(target: str, transport: str, scale: Scale) -> list[int]:
     path, each = pathlib.Path(__file__).with_name("lane_child.py"), scale.sessions // scale.processes
-    with server_process("--device", "cpu", *flags) as server, contextlib.ExitStack() as stack:
-        command = python(path, server.target, transport, scale.size, each)
+    with contextlib.ExitStack() as stack:
+        command = python(path, target, transport, scale.size, each)
         clients = [stack.enter_context(child(command)) for _ in range(scale.processes)]
         for client in clients:
             if client.read() != "ready":
