@@ -21,10 +21,10 @@ examples: .venv-examples/stamp
 # One worker more than there are processors, since many tests wait for a socket now and then. A worker takes neighbours and
 # gives what is left to whoever has nothing more, so that few kernels are compiled twice. Server processes start faster
 # where Python may keep its bytecode. Long tests are left out, and of many cases of one kind every fourth is run. CI has the
-# long ones and every second case; `make test SAMPLE=` has all of them. `make test ARGUMENTS='-m "not slow"'` leaves out what
-# takes seconds.
+# long ones and every second case, at the next commit the others; `make test SAMPLE=` has all of them. What takes seconds is
+# left out by `make test ARGUMENTS='-m "not slow"'`.
 WORKERS ?= $(shell echo $$(($$(nproc) + 1)))
-SAMPLE ?= $(if $(CI),--every 2,--sample)
+SAMPLE ?= $(if $(CI),--every 2 --offset $(shell git rev-list --count HEAD 2> /dev/null || echo 0),--sample)
 test: .venv/stamp-dev
 	env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal $(SAMPLE) $(ARGUMENTS)
 

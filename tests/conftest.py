@@ -36,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--sample", action="store_true", help="leave out what is `long`, and three cases of four of what is `many`"
     )
     parser.addoption("--every", type=int, default=1, metavar="N", help="run every N-th case of what is `many`")
+    parser.addoption("--offset", type=int, default=0, help="begin with this case, so that others are run than before")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,15 +47,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is long, and cases of what is many, where that is asked for; the first of each test stays."""
+    """Leave out what is long, and cases of what is many, where that is asked for; some of each test stay."""
     sample = config.getoption("sample")
-    every = 4 if sample else config.getoption("every")
+    every, offset = (4, 0) if sample else (config.getoption("every"), config.getoption("offset"))
     cases = defaultdict[tuple[str, str], list[pytest.Item]](list)
     for item in items:
         if item.get_closest_marker("many") is not None:
             cases[str(item.path), getattr(item, "originalname", item.name)].append(item)
     left_out = {item for item in items if sample and item.get_closest_marker("long") is not None}
-    left_out |= {item for each in cases.values() if len(each) > 2 for index, item in enumerate(each) if index % every}
+    for each in cases.values():
+        if len(each) > 2:
+            left_out |= {item for index, item in enumerate(each) if (index - offset) % every}
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=list(left_out))
 

@@ -18,7 +18,7 @@ import grpc
 import structlog
 
 from stepwire.errors import DataLossError, InvalidRequestError, Reason, StepwireError, UnavailableError
-from stepwire.threads import DaemonThreads
+from stepwire.host.threads import DaemonThreads
 from stepwire.version import __version__
 from stepwire_server.access.configured import access_of
 from stepwire_server.config import ServerConfig

@@ -62,12 +62,11 @@ CLIENT_LAYERS = [
     "optimizers",
     "layout",
     "errors",
-    "threads",
-    "memory_map",
+    "host",
     "version",
     "v1",
 ]
-SHARED_HALF = {"tracing", "wire", "optimizers", "layout", "errors", "threads", "memory_map", "version", "v1"}
+SHARED_HALF = {"tracing", "wire", "optimizers", "layout", "errors", "host", "version", "v1"}
 # The driver of CUDA is a client's, for memory that it maps; an engine asks it for the same memory.
 DRIVER = "stepwire.transports.cuda.driver"
 # These are clients themselves: they use the public names, and what the command prints of them.

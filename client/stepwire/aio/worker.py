@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 
 from stepwire.connection.errands import adopt_thread
 from stepwire.errors import UnavailableError
+from stepwire.host.threads import DaemonThreads
 from stepwire.lifetimes.forks import Birthplace
 from stepwire.session import Session
-from stepwire.threads import DaemonThreads
 
 __all__ = ["Worker"]
 

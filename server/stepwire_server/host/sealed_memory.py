@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from stepwire.memory_map import LARGE_PAGE_BYTES, MemoryMap
+from stepwire.host.memory_map import LARGE_PAGE_BYTES, MemoryMap
 
 __all__ = ["SharedMemory", "in_pages"]
 

@@ -16,7 +16,6 @@ from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.wire.dtypes import FLOAT32
 from stepwire.wire.frames import FrameBuffer, read_frame, read_message
 from stepwire.wire.messages import seconds_from_wire
-from stepwire_server.config import ServerConfig
 from stepwire_server.durability.moved import LONGEST_TARGET, MOST_SHARDS, MovedShard
 from stepwire_server.rpc.attach import check_chunk, invalid_frame
 from stepwire_server.rpc.decode_config import decode_request_id
@@ -46,13 +45,11 @@ class MoveService:
         self,
         registry: Registry,
         serving: Serving,
-        config: ServerConfig,
         sessions: Callable[[grpc.ServicerContext], TenantSessions],
     ) -> None:
         """Serve the sessions of `registry`; `sessions` returns those that a caller sees."""
         self._sessions = sessions
         self._serving = serving
-        self._config = config
         self._moves = Moves(registry)
 
     def handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
@@ -86,7 +83,7 @@ class MoveService:
     def export_session(self, data: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         """Stream the whole state of a frozen session."""
         request = read_message(pb.ExportSessionRequest, data)
-        most = decode_chunk_bytes(request.chunk_bytes, self._config.max_chunk_bytes, "chunk_bytes")
+        most = decode_chunk_bytes(request.chunk_bytes, self._serving.max_chunk_bytes, "chunk_bytes")
         session = self._sessions(context).get(request.session_id)
         return _exported(session, _move_id(request.move_id), most // FLOAT32.itemsize)
 
@@ -104,7 +101,7 @@ class MoveService:
                 if message.HasField("numbers"):
                     session.passage.complete(imported, *decode_numbers(message.numbers, session.config))
                     break
-                check_chunk(frame, self._config.max_chunk_bytes)
+                check_chunk(frame, self._serving.max_chunk_bytes)
                 values = typed_payload(frame.payload, message.chunk.count, FLOAT32)
                 imported.add(message.slot, message.chunk.offset, values)
             else:

@@ -91,7 +91,7 @@ class OptimizerService:
                     self.load, response_serializer=pb.LoadResponse.SerializeToString
                 ),
                 **CheckpointService(self._registry, self._serving, self._config, self._sessions).handlers(),
-                **MoveService(self._registry, self._serving, self._config, self._sessions).handlers(),
+                **MoveService(self._registry, self._serving, self._sessions).handlers(),
                 **StatisticsService(self._registry, self._serving, self._tenant).handlers(),
             },
         )

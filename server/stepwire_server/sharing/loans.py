@@ -8,7 +8,7 @@ from typing import Final
 import structlog
 
 from stepwire.errors import Reason, ResourceExhaustedError
-from stepwire.threads import DaemonThreads
+from stepwire.host.threads import DaemonThreads
 from stepwire_server.sharing.device_buffers import DeviceBuffers
 
 __all__ = ["Loans"]

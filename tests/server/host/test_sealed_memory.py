@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwire.memory_map import LARGE_PAGE_BYTES
+from stepwire.host.memory_map import LARGE_PAGE_BYTES
 from stepwire_server.host.sealed_memory import SharedMemory, in_pages
 from tests.support.raw_handoff import held_by_process
 

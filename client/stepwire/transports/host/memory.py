@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stepwire.errors import UnavailableError
-from stepwire.memory_map import MemoryMap, map_over
+from stepwire.host.memory_map import MemoryMap, map_over
 from stepwire.transports.handoff import Handed, handed_over
 from stepwire.v1 import transport_pb2
 from stepwire.wire.dtypes import FLOAT32, dtype_from_wire, wire_bytes, wire_items

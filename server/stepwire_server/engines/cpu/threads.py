@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 from collections.abc import Callable
 
-from stepwire.threads import DaemonThreads
+from stepwire.host.threads import DaemonThreads
 from stepwire_server.engines.protocol import GRAIN
 
 __all__ = ["RangeThreads"]

@@ -234,7 +234,7 @@ def test_arrays_that_show_parameters_are_known(memory: SharedMemory) -> None:
 FORKING = """
 import os, socket, sys
 import numpy as np
-from stepwire.memory_map import MemoryMap
+from stepwire.host.memory_map import MemoryMap
 from stepwire.transports.host.memory import SharedMemory
 from stepwire.v1 import transport_pb2
 

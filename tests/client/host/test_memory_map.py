@@ -12,8 +12,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from stepwire import memory_map as module
-from stepwire.memory_map import LARGE_PAGE_BYTES, MemoryMap, map_over
+from stepwire.host import memory_map as module
+from stepwire.host.memory_map import LARGE_PAGE_BYTES, MemoryMap, map_over
 
 PAGE = mmap.PAGESIZE
 NAME = "stepwire-mapped"

@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["LARGE_PAGE_BYTES", "MemoryMap"]
+__all__ = ["LARGE_PAGE_BYTES", "MemoryMap", "map_over"]
 
 LARGE_PAGE_BYTES: Final = 2 << 20
 """The size of a large page of x86-64, and of arm64 with small pages of 4 KiB."""

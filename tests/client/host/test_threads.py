@@ -10,7 +10,7 @@ from concurrent.futures import wait
 
 import pytest
 
-from stepwire.threads import DaemonThreads
+from stepwire.host.threads import DaemonThreads
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -108,7 +108,7 @@ def test_a_process_ends_beside_a_thread_that_waits_for_ever_and_works_to_the_las
         pytest.skip("Python 3.12 and later start no thread at their exit, and gRPC needs some")
     code = """
 import atexit, threading
-from stepwire.threads import DaemonThreads
+from stepwire.host.threads import DaemonThreads
 threads = DaemonThreads(2, "pool")
 threads.submit(threading.Event().wait)
 atexit.register(lambda: print(threads.submit(lambda: "at the end").result()))
