@@ -32,18 +32,30 @@ _MOVE_SECONDS: Final = 60.0
 
 
 class MovingShape(NamedTuple):
-    """The servers, the tensors, the steps, whether shards decide together, and the calls of a mover until its end."""
+    """The servers, the tensors, whether shards decide together, the calls of a mover until its end, and the training.
+
+    Attributes:
+        servers: the servers.
+        tensors: the tensors.
+        steps: the steps of each worker.
+        two_phase: shards decide together.
+        calls: the calls of a mover until its end.
+        workers: the clients that step the model.
+        asynchronous: each contribution of several is a step of its own.
+    """
 
     servers: int
     tensors: int
     steps: int
     two_phase: bool
     calls: int
+    workers: int = 1
+    asynchronous: bool = False
 
     @property
     def size(self) -> int:
         """The elements of a tensor."""
-        return max(64, self.steps)
+        return max(64, self.steps * self.workers)
 
 
 class _Ended(BaseException):
@@ -54,7 +66,9 @@ def moving_shape_of(seed: int) -> MovingShape:
     """Return the shape of a seed's history."""
     chance = random.Random(f"moving shape {seed}")
     servers, calls = chance.choice((2, 3, 3, 4)), chance.choice((3, 8, 20, 40, 1000))
-    return MovingShape(servers, chance.randint(servers, 6), chance.randint(4, 8), chance.random() < 0.5, calls)
+    tensors, steps, two_phase = chance.randint(servers, 6), chance.randint(4, 8), chance.random() < 0.5
+    workers, asynchronous = chance.choice((1, 1, 2, 3)), chance.random() < 0.3
+    return MovingShape(servers, tensors, steps, two_phase, calls, workers, asynchronous)
 
 
 def moving_faults_of(seed: int) -> list[Fault]:
@@ -73,7 +87,7 @@ def run_moving(seed: int, shape: MovingShape, faults: Sequence[Fault]) -> tuple[
         Broken: an invariant does not hold.
     """
     with simulated(seed) as (scheduler, folder):
-        plain = Shape(shape.servers, 1, shape.steps, shape.two_phase, large=False)
+        plain = Shape(shape.servers, shape.workers, shape.steps, shape.two_phase, large=False)
         history = _Moving(scheduler, plain, folder)
         history.moving = shape
         history.live(faults)
@@ -104,18 +118,25 @@ class _Moving(History):
         self._clients.append(client)
         session = self._until_told(lambda: self._created(client, worker))
         self._clients.append(session)
-        self._ids = tuple(session.session_id.split(","))
+        self._ids = self._ids or tuple(session.session_id.split(","))
         for step in range(self.shape.steps):
-            self._step(session, step)
+            self._step(session, worker * self.shape.steps + step)
             scheduler.sleep(scheduler.chance.uniform(0.0, 0.1))
         self._finished += 1
 
     def _created(self, client: Any, worker: int) -> Any:
         zeros = {f"w{index}": np.zeros(self.moving.size, np.float32) for index in range(self.moving.tensors)}
-        policy: Any = "reject" if self.shape.two_phase else "allow"
-        optimizer = stepwire.SGD(lr=1.0)
+        workers, mode = self.moving.workers, "async" if self.moving.asynchronous else "sync"
+        options = {"reduction": "sum"} if mode == "sync" else {}
+        together = stepwire.Aggregation(workers=workers, mode=mode, round_timeout=20.0, **options)
         return client.create_session(
-            zeros, optimizer=optimizer, durability="journal", request_id="job", non_finite=policy
+            zeros,
+            optimizer=stepwire.SGD(lr=1.0),
+            durability="journal",
+            request_id="job",
+            non_finite="reject" if self.moving.two_phase else "allow",
+            aggregation=together if workers > 1 else None,
+            worker=worker,
         )
 
     def _retry(self) -> stepwire.Retry:
@@ -193,6 +214,16 @@ class _Moving(History):
         return (each for servers in self._servers for each in servers if each.registry is not None)
 
     # --- invariants --------------------------------------------------------------------------------------
+
+    def _check_reply(self, number: int, reply: Any, result: Any) -> None:
+        """See `History`; asynchronous steps reach each shard in an order of its own."""
+        if not self.moving.asynchronous or self.moving.workers == 1:
+            super()._check_reply(number, reply, result)
+            return
+        for values in reply.values():
+            applied = applied_in(values, f"the reply to gradient {number}")
+            if number not in applied or not applied <= self._sent:
+                raise Broken(f"the reply to gradient {number} has {applied}; sent {self._sent}")
 
     def _check_all(self) -> None:
         """No session has a gradient twice; those that count now have all that was told, and are somewhere."""

@@ -41,6 +41,13 @@ class LinkOptions(NamedTuple):
     worker: int | None = 0
 
 
+class CreatedLink(NamedTuple):
+    """The link to a session of one server that was asked for, and whether it is new."""
+
+    link: RemoteLink
+    is_new: bool
+
+
 class ServerLink(Protocol):
     """The way to one server, or to several that hold sharded sessions. Thread-safe; closes twice without complaint."""
 
@@ -138,6 +145,12 @@ class RemoteServer(ServerLink):
         self, config: session_pb2.SessionConfig, request_id: str | None, timeout: float | None, options: LinkOptions
     ) -> RemoteLink:
         """See `ServerLink.create`."""
+        return self.created(config, request_id, timeout, options).link
+
+    def created(
+        self, config: session_pb2.SessionConfig, request_id: str | None, timeout: float | None, options: LinkOptions
+    ) -> CreatedLink:
+        """Create a session, and tell whether it is new; see `ServerLink.create`."""
         chunk_bytes = self._chunk_bytes(timeout)
         request = pb.CreateSessionRequest(request_id=request_id or secrets.token_hex(16), config=config)
         if (size := request.ByteSize()) > LARGEST_REQUEST_BYTES:
@@ -155,9 +168,12 @@ class RemoteServer(ServerLink):
             raise
         # An earlier request of this id may come from another process. Then the first step acquires the worker anew:
         # two holders of one token would mistake each other's steps for their own.
+        token = response.attach_token
         if response.replayed or options.worker not in (0, None):
-            return self._link(response.session, chunk_bytes, 0, options)
-        return self._link(response.session, chunk_bytes, response.attach_token, options._replace(worker=0))
+            token = 0
+        else:
+            options = options._replace(worker=0)
+        return CreatedLink(self._link(response.session, chunk_bytes, token, options), not response.replayed)
 
     def find(self, session_id: str, timeout: float | None, options: LinkOptions, *, token: int = 0) -> RemoteLink:
         """See `ServerLink.find`; `token` proves a hold that the caller has, 0 for none."""
@@ -166,20 +182,23 @@ class RemoteServer(ServerLink):
         response = self.calls.unary("GetSession", request, pb.GetSessionResponse, timeout)
         return self._link(response.session, chunk_bytes, token, options)
 
-    def successor(self, session_id: str, token: int, deadline: Deadline) -> list[move_pb2.SuccessorShard]:
+    def successor(
+        self, session_id: str, token: int, deadline: Deadline, worker: int = 0
+    ) -> list[move_pb2.SuccessorShard]:
         """Ask once where a session lives on; nothing is returned for one that is still here.
 
         Args:
             session_id: the session's id.
             token: the proof of the hold that the caller had, for the tokens of the successor; 0 for none.
             deadline: the deadline of the call.
+            worker: the index of the worker of that hold.
 
         Raises:
             SessionNotFoundError: there is no such session.
             FencedError: the caller had lost the worker.
             UnavailableError: the server cannot be reached.
         """
-        request = pb.GetSuccessorRequest(session_id=session_id, attach_token=token)
+        request = pb.GetSuccessorRequest(session_id=session_id, attach_token=token, worker=worker)
         try:
             response = self.calls.once("GetSuccessor", request, pb.GetSuccessorResponse, deadline.remaining())
         except StepwireError as error:

@@ -1,7 +1,7 @@
 """The move of a model from the servers that it has to others, in any numbers, at the end of a step.
 
 1. Sessions for the new ranges are created. Nobody else knows their ids.
-2. The sessions of all shards are frozen, and come to rest at one step. Its client repeats the next one meanwhile.
+2. The sessions of all shards are frozen, and come to rest at one step. Clients repeat their next one meanwhile.
 3. Their state is copied, in bounded memory, while the freeze is renewed.
 4. The first former shard keeps the record of the successor. That is the decision.
 5. The other former shards keep it too, and all of them have ended.
@@ -31,6 +31,7 @@ from stepwire.errors import (
 from stepwire.links.server import LinkOptions, RemoteServer
 from stepwire.sharding.fan_out import fan_out
 from stepwire.sharding.partition import Partition
+from stepwire.sharding.rest import Rest
 from stepwire.sharding.server import ShardedServer
 from stepwire.sharding.shard_configs import configs_of, partition_of
 from stepwire.sharding.successors import FoundShard, ShardPlace
@@ -57,7 +58,8 @@ class Move:
         self._move_id = secrets.token_hex(16)
         self._former: list[FoundShard] = []
         self._new: list[FoundShard] = []
-        self._bound = self._load = self._epoch = 0
+        self._rest = Rest()
+        self._keys: Sequence[bytes] = ()
 
     def make(self, session_id: str, deadline: Deadline) -> str:
         """Move a session, and return the id that it has from now on.
@@ -111,10 +113,11 @@ class Move:
         finally:
             self._new = [created[rank] for rank in sorted(created)]
         self._come_to_rest(deadline)
-        Transfer(former, self._former, new, self._new).make(self._move_id, self._renew, deadline)
+        transfer = Transfer(former, self._former, new, self._new)
+        self._keys = transfer.make(self._move_id, self._renew, deadline)
 
     def _come_to_rest(self, deadline: Deadline) -> None:
-        """Freeze all shards at one step: the last that any of them has.
+        """Freeze all shards at one moment: the last that any of them has.
 
         Raises:
             StepMismatchError: a shard does not come there.
@@ -123,14 +126,8 @@ class Move:
 
         def attempt(left: Deadline) -> None:
             frozen[:] = self._freeze(left)
-            self._bound = max(each.last_step for each in frozen)
-            self._load, self._epoch = frozen[0].applied_load, frozen[0].epoch
-            if len({each.applied_load for each in frozen}) > 1:
-                raise StepMismatchError(
-                    "a load of this session was committed on some servers alone; load again, and move it then"
-                )
-            if any(each.applied_step != self._bound for each in frozen):
-                raise StateChangedError(f"the shards have not all come to step {self._bound}")
+            self._rest = Rest.of(frozen)
+            self._rest.check_reached(frozen)
 
         retry = self._former[0].server.calls.retry
         try:
@@ -138,8 +135,8 @@ class Move:
         except StateChangedError:
             steps = [each.applied_step for each in frozen]
             raise StepMismatchError(
-                f"the shards are at the steps {steps}, and their client does not finish step {self._bound}; have it "
-                "repeat that step with the same gradients, or load one state into all, and move the session then",
+                f"the shards are at the steps {steps}, and their clients do not finish step {self._rest.step}; have "
+                "them repeat that step with the same gradients, or load one state into all, and move the session then",
                 metadata={"steps": ",".join(map(str, steps))},
             ) from None
 
@@ -150,7 +147,8 @@ class Move:
             request = pb.FreezeSessionRequest(
                 session_id=shard.link.description.session_id,
                 move_id=self._move_id,
-                last_step=self._bound,
+                last_step=self._rest.step,
+                last_contributions=self._rest.wire_contributions,
                 lease=duration_to_wire(_FREEZE_SECONDS),
             )
             response: pb.FreezeSessionResponse = self._ask(
@@ -185,10 +183,8 @@ class Move:
             StepwireError: as `_decide`; or the session has moved, and its new id is in the metadata.
         """
         successor = move_pb2.Successor()
-        for server, link in self._new:
-            successor.shards.add(
-                session_id=link.description.session_id, target=server.calls.target, attach_token=link.hold.token
-            )
+        for (server, link), key in zip(self._new, self._keys, strict=True):
+            successor.shards.add(session_id=link.description.session_id, target=server.calls.target, attach_key=key)
         moved = ",".join(each.session_id for each in successor.shards)
         first, *others = self._former
         self._decide(first, successor, deadline)
@@ -221,9 +217,10 @@ class Move:
             move_id=self._move_id,
             successor=successor,
             decided=decided,
-            step=self._bound,
-            load=self._load,
-            epoch=self._epoch,
+            step=self._rest.step,
+            load=self._rest.load,
+            epoch=self._rest.epoch,
+            contributions=self._rest.wire_contributions,
         )
         refused: list[StateChangedError] = []
 
@@ -247,8 +244,7 @@ class Move:
         """
         successor = move_pb2.Successor()
         for place in self._here.successors.followed(places, deadline):
-            target = place.servers[0].calls.target
-            successor.shards.add(session_id=place.session_id, target=target, attach_token=place.token)
+            successor.shards.add(session_id=place.session_id, target=place.servers[0].calls.target)
 
         def complete(place: ShardPlace) -> None:
             try:

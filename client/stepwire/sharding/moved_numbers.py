@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from stepwire.errors import StepMismatchError
@@ -22,7 +22,7 @@ def moved_numbers(
     """Return the numbers of each new shard.
 
     The first new shard has the result of the last step of the whole, and the others have one of the same step with
-    norms of 0. So the results of a replay combine to the norms that there were.
+    norms of 0. So the results of a replay combine to the norms that there were. Of several workers, each result is so.
 
     Args:
         former: the partition that the model has.
@@ -32,8 +32,14 @@ def moved_numbers(
     Raises:
         StepMismatchError: the shards are not at one moment.
     """
-    for field in ("step", "load", "loss_scale"):
-        values = [getattr(each, field) for each in numbers]
+    fields: dict[str, Callable[[move_pb2.StateNumbers], object]] = {
+        "step": lambda each: each.step,
+        "load": lambda each: each.load,
+        "loss_scale": lambda each: each.loss_scale,
+        "contributions": lambda each: {worker.worker: worker.contribution for worker in each.workers},
+    }
+    for field, read in fields.items():
+        values = [read(each) for each in numbers]
         if any(value != values[0] for value in values):
             raise StepMismatchError(
                 f"the shards differ in their {field}: {values}; load one state into all of them, and move them then"
@@ -41,9 +47,9 @@ def moved_numbers(
     steps = _by_tensor(former, [each.tensor_steps for each in numbers], "t")
     keeps = any(each.tensor_scalars for each in numbers)
     scalars = _by_tensor(former, [each.tensor_scalars for each in numbers], "scalar") if keeps else {}
-    results = _results(numbers, len(new.shards))
+    results, workers = _results(numbers, len(new.shards)), _workers(numbers, len(new.shards))
     moved = []
-    for shard, result in zip(new.shards, results, strict=True):
+    for shard, result, of_workers in zip(new.shards, results, workers, strict=True):
         own = move_pb2.StateNumbers(
             step=numbers[0].step,
             load=numbers[0].load,
@@ -52,6 +58,7 @@ def moved_numbers(
             sum_bound=max(each.sum_bound for each in numbers),
             loss_scale=numbers[0].loss_scale if numbers[0].HasField("loss_scale") else None,
             last_result=result,
+            workers=of_workers,
         )
         moved.append(own)
     return moved
@@ -75,8 +82,20 @@ def _by_tensor(former: Partition, values: Sequence[Sequence[_T]], what: str) -> 
     return found
 
 
-def _results(numbers: Sequence[move_pb2.StateNumbers], count: int) -> list[step_pb2.StepResult | None]:
-    """Return the result of the last step for each new shard; None for a state whose last step a load has set."""
+def _workers(numbers: Sequence[move_pb2.StateNumbers], count: int) -> list[list[move_pb2.WorkerNumbers]]:
+    """Return the numbers of the workers for each new shard."""
+    moved: list[list[move_pb2.WorkerNumbers]] = [[] for _ in range(count)]
+    for parts in zip(*(each.workers for each in numbers), strict=True):
+        for own, result in zip(moved, _results(parts, count), strict=True):
+            number = parts[0].contribution
+            own.append(move_pb2.WorkerNumbers(worker=parts[0].worker, contribution=number, last_result=result))
+    return moved
+
+
+def _results(
+    numbers: Sequence[move_pb2.StateNumbers | move_pb2.WorkerNumbers], count: int
+) -> list[step_pb2.StepResult | None]:
+    """Return the last result for each new shard; None for a state whose last step a load has set, or without a step."""
     if not all(each.HasField("last_result") for each in numbers):
         return [None] * count
     decided = Decision(None, step_pb2.StepCommit())  # the norms after clipping are those of the shards
@@ -89,6 +108,8 @@ def _without_norms(whole: step_pb2.StepResult) -> step_pb2.StepResult:
     other = step_pb2.StepResult()
     other.CopyFrom(whole)
     other.telemetry.non_finite_count = 0
+    for contributor in other.round.contributors:
+        contributor.grad_norm, contributor.non_finite_count = 0.0, 0
     measured: list[step_pb2.Telemetry | step_pb2.GroupTelemetry] = [other.telemetry, *other.telemetry.groups]
     for each in measured:
         each.grad_norm = each.clipped_grad_norm = 0.0

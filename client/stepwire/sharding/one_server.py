@@ -11,7 +11,7 @@ from stepwire.links.remote import RemoteLink
 from stepwire.links.server import LinkOptions, RemoteServer, ServerLink
 from stepwire.results import ServerInfo, SessionInfo
 from stepwire.sharding.following import FollowedLink, FollowingLink
-from stepwire.sharding.server import ShardedServer, followed_link, linked
+from stepwire.sharding.server import ShardedServer, check_worker, followed_link, linked
 from stepwire.statistics import Statistics
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import session_pb2
@@ -62,7 +62,10 @@ class OneServer(ServerLink):
             return self._several.find(session_id, timeout, options)
         deadline = self.server.calls.deadline(timeout)
         found = self._successors.find(self._successors.places([session_id]), options, deadline)
-        return self._following(found[0].link if len(found) == 1 else linked(found), options)
+        if len(found) == 1:
+            return self._following(found[0].link, options)
+        check_worker(options)
+        return self._following(linked(found), options)
 
     def fork(
         self, session_id: str, request: pb.ForkSessionRequest, timeout: float | None, *, error_feedback: bool

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Final
 
 from stepwire.connection.errands import undelivered
 from stepwire.connection.retry import Deadline
@@ -23,7 +24,9 @@ from stepwire.statistics import Statistics
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import session_pb2
 
-__all__ = ["ShardedServer", "followed_link", "linked"]
+__all__ = ["ShardedServer", "check_worker", "followed_link", "linked"]
+
+_END_SECONDS: Final = 5.0
 
 
 class ShardedServer(ServerLink):
@@ -84,24 +87,25 @@ class ShardedServer(ServerLink):
         self, config: session_pb2.SessionConfig, request_id: str | None, timeout: float | None, options: LinkOptions
     ) -> FollowingLink:
         """See `ServerLink.create`; each shard's request has an id of its own, made from `request_id`."""
-        _check_worker(options)
+        check_worker(options)
         partition = partition_of(config, len(self._servers))
         configs = configs_of(config, partition)
         made: list[RemoteLink] = []
 
         def create(rank: int) -> RemoteLink:
             own_id = None if request_id is None else f"{request_id}.{rank}"
-            link = self._servers[rank].create(configs[rank], own_id, timeout, options)
+            link, is_new = self._servers[rank].created(configs[rank], own_id, timeout, options)
             if request_id is None:  # nobody else knows the session, so nobody would end it
                 undelivered(link.close)
-            made.append(link)
+            if is_new and not link.description.is_aggregated:  # workers may have found it meanwhile
+                made.append(link)
             return link
 
         try:
             links = fan_out([functools.partial(create, rank) for rank in range(len(configs))])
         except SessionMovedError as moved:  # the session of an earlier request of this id; a shard of it tells where
-            for link in made:
-                link.close()
+            for link in made:  # in vain, unless somebody has found it meanwhile
+                link.leave(_END_SECONDS)
             return self.find(moved.metadata["session_id"], timeout, options)
         return self._following(ShardedLink(links, partition), options)
 
@@ -119,7 +123,7 @@ class ShardedServer(ServerLink):
             SessionNotFoundError: a shard does not exist.
             UnavailableError: a server cannot be reached.
         """
-        _check_worker(options)
+        check_worker(options)
         ids = session_id.split(",") if session_id else []
         if not ids:
             raise InvalidRequestError.of("session_id", "there is no id; give the ids of all shards, in their order")
@@ -187,16 +191,19 @@ class ShardedServer(ServerLink):
 def followed_link(
     successors: Successors, options: LinkOptions, former: FollowedLink, deadline: Deadline
 ) -> FollowedLink:
-    """Return the link to a session that has moved, which goes on where the former one stopped.
+    """Return the link to a session that has moved, which goes on where the former one stopped, as the same worker.
 
     Raises:
+        InvalidRequestError: the worker was to be chosen by the server, and there are several by now.
         StepwireError: as `Successors.find`.
     """
     places = successors.followed(successors.places_of(former.shards), deadline)
+    options = options._replace(worker=former.worker)
     found = successors.find(places, options, deadline)
     if isinstance(former, RemoteLink) and len(found) == 1:
         found[0].link.succeed(former)
         return found[0].link
+    check_worker(options)
     link = linked(found)
     link.succeed(former)
     return link
@@ -229,7 +236,7 @@ class _Watches(Iterator[Statistics]):
             watch.close()
 
 
-def _check_worker(options: LinkOptions) -> None:
+def check_worker(options: LinkOptions) -> None:
     """Refuse a choice of the worker that each server would make for itself.
 
     Raises:

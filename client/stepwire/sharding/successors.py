@@ -31,12 +31,14 @@ class ShardPlace(NamedTuple):
     Attributes:
         session_id: its id.
         servers: the servers that may have it, the likeliest first.
-        token: the proof of the hold of its worker; 0 for none.
+        token: the proof of the hold of a worker; 0 for none.
+        worker: the index of that worker.
     """
 
     session_id: str
     servers: Sequence[RemoteServer]
     token: int = 0
+    worker: int = 0
 
 
 class FoundShard(NamedTuple):
@@ -74,7 +76,10 @@ class Successors:
         known = (*self._servers, *self._others.values())
         return [
             ShardPlace(
-                link.description.session_id, [each for each in known if link.target in each.targets], link.hold.token
+                link.description.session_id,
+                [each for each in known if link.target in each.targets],
+                link.hold.token,
+                link.worker or 0,
             )
             for link in links
         ]
@@ -105,7 +110,8 @@ class Successors:
             named = next((each for each in free if shard.target in each.targets), None)
             if named is not None:
                 free.remove(named)  # with several connections to one target, each shard has one
-            found.append(ShardPlace(shard.session_id, [named or self._other(shard.target)], shard.attach_token))
+            server = named or self._other(shard.target)
+            found.append(ShardPlace(shard.session_id, [server], shard.attach_token, places[0].worker))
         return found
 
     def close(self) -> None:
@@ -164,7 +170,7 @@ def _successor(server: RemoteServer, place: ShardPlace, deadline: Deadline) -> l
     A client that had lost the worker gets no tokens. It keeps its own, by which the new shards tell it the same.
     """
     try:
-        return server.successor(place.session_id, place.token, deadline)
+        return server.successor(place.session_id, place.token, deadline, place.worker)
     except FencedError as error:
         if error.reason != Reason.FENCED:
             raise

@@ -107,12 +107,12 @@ class Transfer:
         self._slots = [frozenset(link.description.slots) for _, link in targets]
         self._pipes = [_Pipe() for _ in targets]
         self._numbers: list[move_pb2.StateNumbers | None] = [None] * len(sources)
-        self._left = len(targets)
+        self._keys: list[bytes | None] = [None] * len(targets)
         self._over = threading.Event()
         self._lock = threading.Lock()
 
-    def make(self, move_id: str, renew: Callable[[threading.Event], object], deadline: Deadline) -> None:
-        """Copy everything.
+    def make(self, move_id: str, renew: Callable[[threading.Event], object], deadline: Deadline) -> list[bytes]:
+        """Copy everything, and return the keys of the targets' attach tokens.
 
         Args:
             move_id: the move that has frozen the sources.
@@ -127,6 +127,7 @@ class Transfer:
             exports = [functools.partial(self._export, rank, move_id, left) for rank in range(len(self._sources))]
             calls: list[Callable[[], object]] = [*exports, *imports, functools.partial(renew, self._over)]
             fan_out([functools.partial(_guarded, call, left) for call in calls], lambda: self._give_up(left))
+        return [key for key in self._keys if key is not None]
 
     def _give_up(self, left: Deadline) -> None:
         left.end()
@@ -142,10 +143,10 @@ class Transfer:
             yield pb.ImportSessionRequest(open=opening).SerializeToString()
             yield from self._pipes[rank]
 
-        server.calls.upload("ImportSession", messages(), pb.ImportSessionResponse, deadline)
+        response = server.calls.upload("ImportSession", messages(), pb.ImportSessionResponse, deadline)
         with self._lock:
-            self._left -= 1
-            if not self._left:
+            self._keys[rank] = response.attach_key
+            if None not in self._keys:
                 self._over.set()
 
     def _export(self, rank: int, move_id: str, deadline: Deadline) -> None:

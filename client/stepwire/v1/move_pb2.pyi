@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class StateNumbers(_message.Message):
-    __slots__ = ("step", "load", "tensor_steps", "tensor_scalars", "loss_scale", "sum_bound", "last_result")
+    __slots__ = ("step", "load", "tensor_steps", "tensor_scalars", "loss_scale", "sum_bound", "last_result", "workers")
     STEP_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     TENSOR_STEPS_FIELD_NUMBER: _ClassVar[int]
@@ -17,6 +17,7 @@ class StateNumbers(_message.Message):
     LOSS_SCALE_FIELD_NUMBER: _ClassVar[int]
     SUM_BOUND_FIELD_NUMBER: _ClassVar[int]
     LAST_RESULT_FIELD_NUMBER: _ClassVar[int]
+    WORKERS_FIELD_NUMBER: _ClassVar[int]
     step: int
     load: int
     tensor_steps: _containers.RepeatedScalarFieldContainer[int]
@@ -24,7 +25,26 @@ class StateNumbers(_message.Message):
     loss_scale: _optimizer_pb2.LossScaleState
     sum_bound: float
     last_result: _step_pb2.StepResult
-    def __init__(self, step: _Optional[int] = ..., load: _Optional[int] = ..., tensor_steps: _Optional[_Iterable[int]] = ..., tensor_scalars: _Optional[_Iterable[float]] = ..., loss_scale: _Optional[_Union[_optimizer_pb2.LossScaleState, _Mapping]] = ..., sum_bound: _Optional[float] = ..., last_result: _Optional[_Union[_step_pb2.StepResult, _Mapping]] = ...) -> None: ...
+    workers: _containers.RepeatedCompositeFieldContainer[WorkerNumbers]
+    def __init__(self, step: _Optional[int] = ..., load: _Optional[int] = ..., tensor_steps: _Optional[_Iterable[int]] = ..., tensor_scalars: _Optional[_Iterable[float]] = ..., loss_scale: _Optional[_Union[_optimizer_pb2.LossScaleState, _Mapping]] = ..., sum_bound: _Optional[float] = ..., last_result: _Optional[_Union[_step_pb2.StepResult, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[WorkerNumbers, _Mapping]]] = ...) -> None: ...
+
+class WorkerNumber(_message.Message):
+    __slots__ = ("worker", "contribution")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTION_FIELD_NUMBER: _ClassVar[int]
+    worker: int
+    contribution: int
+    def __init__(self, worker: _Optional[int] = ..., contribution: _Optional[int] = ...) -> None: ...
+
+class WorkerNumbers(_message.Message):
+    __slots__ = ("worker", "contribution", "last_result")
+    WORKER_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTION_FIELD_NUMBER: _ClassVar[int]
+    LAST_RESULT_FIELD_NUMBER: _ClassVar[int]
+    worker: int
+    contribution: int
+    last_result: _step_pb2.StepResult
+    def __init__(self, worker: _Optional[int] = ..., contribution: _Optional[int] = ..., last_result: _Optional[_Union[_step_pb2.StepResult, _Mapping]] = ...) -> None: ...
 
 class ImportOpen(_message.Message):
     __slots__ = ("session_id", "attach_token")
@@ -41,11 +61,13 @@ class Successor(_message.Message):
     def __init__(self, shards: _Optional[_Iterable[_Union[SuccessorShard, _Mapping]]] = ...) -> None: ...
 
 class SuccessorShard(_message.Message):
-    __slots__ = ("session_id", "target", "attach_token")
+    __slots__ = ("session_id", "target", "attach_token", "attach_key")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     TARGET_FIELD_NUMBER: _ClassVar[int]
     ATTACH_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    ATTACH_KEY_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     target: str
     attach_token: int
-    def __init__(self, session_id: _Optional[str] = ..., target: _Optional[str] = ..., attach_token: _Optional[int] = ...) -> None: ...
+    attach_key: bytes
+    def __init__(self, session_id: _Optional[str] = ..., target: _Optional[str] = ..., attach_token: _Optional[int] = ..., attach_key: _Optional[bytes] = ...) -> None: ...

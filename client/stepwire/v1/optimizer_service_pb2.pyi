@@ -343,28 +343,34 @@ class ForkSessionResponse(_message.Message):
     def __init__(self, session: _Optional[_Union[_session_pb2.Session, _Mapping]] = ..., attach_token: _Optional[int] = ..., replayed: bool = ...) -> None: ...
 
 class FreezeSessionRequest(_message.Message):
-    __slots__ = ("session_id", "move_id", "last_step", "lease")
+    __slots__ = ("session_id", "move_id", "last_step", "lease", "last_contributions")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MOVE_ID_FIELD_NUMBER: _ClassVar[int]
     LAST_STEP_FIELD_NUMBER: _ClassVar[int]
     LEASE_FIELD_NUMBER: _ClassVar[int]
+    LAST_CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     move_id: str
     last_step: int
     lease: _duration_pb2.Duration
-    def __init__(self, session_id: _Optional[str] = ..., move_id: _Optional[str] = ..., last_step: _Optional[int] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+    last_contributions: _containers.RepeatedCompositeFieldContainer[_move_pb2.WorkerNumber]
+    def __init__(self, session_id: _Optional[str] = ..., move_id: _Optional[str] = ..., last_step: _Optional[int] = ..., lease: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., last_contributions: _Optional[_Iterable[_Union[_move_pb2.WorkerNumber, _Mapping]]] = ...) -> None: ...
 
 class FreezeSessionResponse(_message.Message):
-    __slots__ = ("applied_step", "last_step", "applied_load", "epoch")
+    __slots__ = ("applied_step", "last_step", "applied_load", "epoch", "contributions", "last_contributions")
     APPLIED_STEP_FIELD_NUMBER: _ClassVar[int]
     LAST_STEP_FIELD_NUMBER: _ClassVar[int]
     APPLIED_LOAD_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
+    LAST_CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
     applied_step: int
     last_step: int
     applied_load: int
     epoch: int
-    def __init__(self, applied_step: _Optional[int] = ..., last_step: _Optional[int] = ..., applied_load: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+    contributions: _containers.RepeatedCompositeFieldContainer[_move_pb2.WorkerNumber]
+    last_contributions: _containers.RepeatedCompositeFieldContainer[_move_pb2.WorkerNumber]
+    def __init__(self, applied_step: _Optional[int] = ..., last_step: _Optional[int] = ..., applied_load: _Optional[int] = ..., epoch: _Optional[int] = ..., contributions: _Optional[_Iterable[_Union[_move_pb2.WorkerNumber, _Mapping]]] = ..., last_contributions: _Optional[_Iterable[_Union[_move_pb2.WorkerNumber, _Mapping]]] = ...) -> None: ...
 
 class ThawSessionRequest(_message.Message):
     __slots__ = ("session_id", "move_id")
@@ -419,13 +425,15 @@ class ImportSessionRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[_move_pb2.ImportOpen, _Mapping]] = ..., slot: _Optional[str] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., numbers: _Optional[_Union[_move_pb2.StateNumbers, _Mapping]] = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class ImportSessionResponse(_message.Message):
-    __slots__ = ("applied_step",)
+    __slots__ = ("applied_step", "attach_key")
     APPLIED_STEP_FIELD_NUMBER: _ClassVar[int]
+    ATTACH_KEY_FIELD_NUMBER: _ClassVar[int]
     applied_step: int
-    def __init__(self, applied_step: _Optional[int] = ...) -> None: ...
+    attach_key: bytes
+    def __init__(self, applied_step: _Optional[int] = ..., attach_key: _Optional[bytes] = ...) -> None: ...
 
 class HandOverSessionRequest(_message.Message):
-    __slots__ = ("session_id", "move_id", "successor", "decided", "step", "load", "epoch")
+    __slots__ = ("session_id", "move_id", "successor", "decided", "step", "load", "epoch", "contributions")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MOVE_ID_FIELD_NUMBER: _ClassVar[int]
     SUCCESSOR_FIELD_NUMBER: _ClassVar[int]
@@ -433,6 +441,7 @@ class HandOverSessionRequest(_message.Message):
     STEP_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    CONTRIBUTIONS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     move_id: str
     successor: _move_pb2.Successor
@@ -440,7 +449,8 @@ class HandOverSessionRequest(_message.Message):
     step: int
     load: int
     epoch: int
-    def __init__(self, session_id: _Optional[str] = ..., move_id: _Optional[str] = ..., successor: _Optional[_Union[_move_pb2.Successor, _Mapping]] = ..., decided: bool = ..., step: _Optional[int] = ..., load: _Optional[int] = ..., epoch: _Optional[int] = ...) -> None: ...
+    contributions: _containers.RepeatedCompositeFieldContainer[_move_pb2.WorkerNumber]
+    def __init__(self, session_id: _Optional[str] = ..., move_id: _Optional[str] = ..., successor: _Optional[_Union[_move_pb2.Successor, _Mapping]] = ..., decided: bool = ..., step: _Optional[int] = ..., load: _Optional[int] = ..., epoch: _Optional[int] = ..., contributions: _Optional[_Iterable[_Union[_move_pb2.WorkerNumber, _Mapping]]] = ...) -> None: ...
 
 class HandOverSessionResponse(_message.Message):
     __slots__ = ("replayed",)
@@ -449,12 +459,14 @@ class HandOverSessionResponse(_message.Message):
     def __init__(self, replayed: bool = ...) -> None: ...
 
 class GetSuccessorRequest(_message.Message):
-    __slots__ = ("session_id", "attach_token")
+    __slots__ = ("session_id", "attach_token", "worker")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     ATTACH_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     attach_token: int
-    def __init__(self, session_id: _Optional[str] = ..., attach_token: _Optional[int] = ...) -> None: ...
+    worker: int
+    def __init__(self, session_id: _Optional[str] = ..., attach_token: _Optional[int] = ..., worker: _Optional[int] = ...) -> None: ...
 
 class GetSuccessorResponse(_message.Message):
     __slots__ = ("successor",)

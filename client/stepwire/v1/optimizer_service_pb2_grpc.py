@@ -428,7 +428,9 @@ class OptimizerServiceServicer(object):
     def FreezeSession(self, request, context):
         """Freezes a session at the end of a step: until `lease` is over it admits no step beyond `last_step`, and no load.
         Steps that are refused fail with SESSION_MOVING. A mover freezes the sessions of all shards of a model, and raises
-        the bound of those that are behind, until all are at one step.
+        the bound of those that are behind, until all are at one step. Of several workers each has a bound of its own: the
+        number of its contributions. Then an open round with contributions beyond it ends with SESSION_MOVING, and no worker
+        joins that has no bound.
 
         Idempotent. A freeze by another `move_id` takes the place of the one before, whose move cannot be completed then.
         The freeze is in memory alone: a server that is restarted has forgotten it.
@@ -437,8 +439,8 @@ class OptimizerServiceServicer(object):
         - NOT_FOUND/SESSION_NOT_FOUND: as GetSession.
         - INVALID_ARGUMENT/INVALID_CONFIG: `move_id` or `lease` is out of range (metadata: field).
         - FAILED_PRECONDITION/SESSION_NOT_READY: no parameters have been loaded.
-        - FAILED_PRECONDITION/UNSUPPORTED_FEATURE: the session has several workers, rows by ids, or DURABILITY_REPLICATED, or
-        the server has an object store (metadata: field, feature).
+        - FAILED_PRECONDITION/UNSUPPORTED_FEATURE: the session has rows by ids, or DURABILITY_REPLICATED, or the server has an
+        object store (metadata: field, feature).
         - DATA_LOSS/SESSION_DAMAGED: an earlier failure left the state half-updated.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -478,7 +480,7 @@ class OptimizerServiceServicer(object):
         - INVALID_ARGUMENT/INVALID_FRAME, INVALID_TENSOR, INVALID_CONFIG: messages out of order, a block out of range, numbers
         of another layout, blocks that are missing (metadata: field).
         - ABORTED/STATE_CHANGED: the session is not new.
-        - FAILED_PRECONDITION/FENCED: another client holds the worker (metadata: worker).
+        - FAILED_PRECONDITION/FENCED: another client holds worker 0 (metadata: worker).
         - DATA_LOSS/DURABILITY_FAILED: the disk failed; end the session.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -23,7 +23,7 @@ import structlog
 from stepwire.errors import DataLossError, FencedError, Reason, SessionMovedError
 from stepwire_server.durability.disk import Disk, read_all, write_new
 
-__all__ = ["LONGEST_TARGET", "MOST_SHARDS", "MovedSession", "MovedSessions", "MovedShard"]
+__all__ = ["LONGEST_TARGET", "MOST_SHARDS", "MovedHold", "MovedSession", "MovedSessions", "MovedShard"]
 
 _MOST_BYTES: Final = 16 << 20
 _MOST_RECORDS: Final = 256
@@ -41,12 +41,24 @@ class MovedShard(msgspec.Struct, frozen=True):
     Attributes:
         session_id: the id of its session.
         target: the target of its server.
-        attach_token: the token of the hold of worker 0.
+        attach_key: the key of its attach tokens; empty if it is not known.
     """
 
     session_id: str
     target: str
-    attach_token: int
+    attach_key: bytes = b""
+
+
+class MovedHold(msgspec.Struct, frozen=True):
+    """The last hold of a worker.
+
+    Attributes:
+        generation: the number of the hold.
+        acquired: the generation in which the client of that hold took the worker from another one.
+    """
+
+    generation: int
+    acquired: int
 
 
 class MovedSession(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,8 +70,7 @@ class MovedSession(msgspec.Struct, frozen=True, kw_only=True):
         tenant: its tenant.
         move_id: the name of the move.
         attach_key: the key of its attach tokens.
-        generation: the number of the last hold.
-        acquired: the generation in which the client of that hold took the worker from another one.
+        holds: the last holds of the workers that had joined, by index.
         shards: the successor.
         number: of the record: later ones have larger numbers.
         crc32c: the CRC32C of the fields before.
@@ -71,8 +82,7 @@ class MovedSession(msgspec.Struct, frozen=True, kw_only=True):
     tenant: str
     move_id: str
     attach_key: bytes
-    generation: int
-    acquired: int
+    holds: dict[int, MovedHold]
     shards: tuple[MovedShard, ...]
     number: int = 0
     crc32c: int = 0

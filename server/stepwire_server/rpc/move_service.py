@@ -22,7 +22,8 @@ from stepwire_server.rpc.decode_config import decode_request_id
 from stepwire_server.rpc.decode_step import decode_chunk_bytes
 from stepwire_server.rpc.method import unary
 from stepwire_server.rpc.serving import Serving
-from stepwire_server.rpc.state_numbers import decode_numbers, encode_numbers
+from stepwire_server.rpc.state_numbers import decode_contributions, decode_numbers, encode_contributions, encode_numbers
+from stepwire_server.sessions.attach_tokens import KEY_BYTES
 from stepwire_server.sessions.freeze import Rest
 from stepwire_server.sessions.moves import Moves
 from stepwire_server.sessions.registry import Registry
@@ -72,8 +73,17 @@ class MoveService:
             raise InvalidRequestError.of("lease", f"{seconds!r} s is not in (0, {_LONGEST_FREEZE_SECONDS:g}]")
         session = self._sessions(context).get(request.session_id)
         with session.calls.one():
-            frozen = self._moves.freeze(session, move_id, request.last_step, seconds)
-        return pb.FreezeSessionResponse(**frozen._asdict())
+            frozen = self._moves.freeze(
+                session, move_id, request.last_step, seconds, decode_contributions(request.last_contributions)
+            )
+        return pb.FreezeSessionResponse(
+            applied_step=frozen.applied_step,
+            last_step=frozen.last_step,
+            applied_load=frozen.applied_load,
+            epoch=frozen.epoch,
+            contributions=encode_contributions(frozen.contributions),
+            last_contributions=encode_contributions(frozen.last_contributions),
+        )
 
     def thaw_session(self, request: pb.ThawSessionRequest, context: grpc.ServicerContext) -> Any:
         """End a freeze before its time."""
@@ -99,7 +109,7 @@ class MoveService:
             for frame in frames:
                 message: pb.ImportSessionRequest = frame.message
                 if message.HasField("numbers"):
-                    session.passage.complete(imported, *decode_numbers(message.numbers, session.config))
+                    key = session.passage.complete(imported, decode_numbers(message.numbers, session.config))
                     break
                 check_chunk(frame, self._serving.max_chunk_bytes)
                 values = typed_payload(frame.payload, message.chunk.count, FLOAT32)
@@ -107,12 +117,13 @@ class MoveService:
             else:
                 raise invalid_frame("numbers", "the stream ended before `numbers`; end the session")
             self._moves.keep(session)
-        return pb.ImportSessionResponse(applied_step=session.ledger.applied_step)
+        return pb.ImportSessionResponse(applied_step=session.ledger.applied_step, attach_key=key)
 
     def hand_over_session(self, request: pb.HandOverSessionRequest, context: grpc.ServicerContext) -> Any:
         """End a session that lives on elsewhere."""
         session_id = self._sessions(context).check(request.session_id)
-        rest = Rest(_move_id(request.move_id), request.step, request.load, request.epoch)
+        contributions = decode_contributions(request.contributions)
+        rest = Rest(_move_id(request.move_id), request.step, request.load, request.epoch, contributions)
         shards = _shards(request.successor)
         done = self._moves.hand_over(session_id, rest, shards, decided=request.decided)
         if done:
@@ -122,12 +133,10 @@ class MoveService:
     def get_successor(self, request: pb.GetSuccessorRequest, context: grpc.ServicerContext) -> Any:
         """Tell where a session lives on."""
         session_id = self._sessions(context).check(request.session_id)
-        shards = self._moves.successor(session_id, request.attach_token)
+        shards = self._moves.successor(session_id, request.attach_token, request.worker)
         response = pb.GetSuccessorResponse()
-        for each in shards:
-            response.successor.shards.add(
-                session_id=each.session_id, target=each.target, attach_token=each.attach_token
-            )
+        for each, token in shards:
+            response.successor.shards.add(session_id=each.session_id, target=each.target, attach_token=token)
         return response
 
 
@@ -149,7 +158,8 @@ def _shards(successor: move_pb2.Successor) -> list[MovedShard]:
     """Decode a successor, which this server keeps.
 
     Raises:
-        InvalidRequestError: it has more shards than are kept, or a shard without an id or with a longer target.
+        InvalidRequestError: it has more shards than are kept, or a shard without an id, with a longer target, or with
+            another key.
     """
     if len(successor.shards) > MOST_SHARDS:
         raise InvalidRequestError.of(
@@ -165,7 +175,11 @@ def _shards(successor: move_pb2.Successor) -> list[MovedShard]:
                 f"successor.shards[{place}].target",
                 f"it has {len(each.target)} characters; a target has 1 to {LONGEST_TARGET}",
             )
-    return [MovedShard(each.session_id, each.target, each.attach_token) for each in successor.shards]
+        if len(each.attach_key) not in (0, KEY_BYTES):
+            raise InvalidRequestError.of(
+                f"successor.shards[{place}].attach_key", f"{len(each.attach_key)} bytes; it has {KEY_BYTES}, or none"
+            )
+    return [MovedShard(each.session_id, each.target, each.attach_key) for each in successor.shards]
 
 
 def _move_id(move_id: str) -> str:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import msgspec
 
 from stepwire.errors import InvalidRequestError
 from stepwire.optimizers.gradient_treatment import check_scale
-from stepwire.v1 import move_pb2, step_pb2
+from stepwire.v1 import aggregation_pb2, move_pb2, step_pb2
 from stepwire.wire.messages import hyperparameters_from_wire
+from stepwire_server.durability.manifest import MemberFacts
+from stepwire_server.records.round_result import Contributor, RoundResult
 from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.snapshot import Snapshot
 from stepwire_server.records.step_result import GroupResult, StepResult, StepTimes
 from stepwire_server.rpc.encode import encode_result
 from stepwire_server.rules.loss_scale import LossScale
 from stepwire_server.sessions.exchange import Captured
+from stepwire_server.sessions.imported_state import ImportedNumbers
+from stepwire_server.sessions.workers import FIRST_GENERATION
 
-__all__ = ["decode_numbers", "decode_result", "encode_numbers"]
+__all__ = ["decode_contributions", "decode_numbers", "decode_result", "encode_contributions", "encode_numbers"]
 
 _COUNTER_END = 2**53
 
@@ -34,14 +41,26 @@ def encode_numbers(captured: Captured) -> move_pb2.StateNumbers:
         message.loss_scale.scale, message.loss_scale.clean_steps = numbers.loss_scale
     if captured.last_result is not None:
         encode_result(captured.last_result, 0, message.last_result)
+    for each in captured.members:
+        if each.acquired:  # else it has never joined
+            worker = message.workers.add(worker=each.worker, contribution=each.contribution)
+            if each.last_result is not None:
+                encode_result(msgspec.msgpack.decode(each.last_result, type=StepResult), 0, worker.last_result)
     return message
 
 
-def decode_numbers(message: move_pb2.StateNumbers, config: SessionConfig) -> tuple[Snapshot, float, StepResult | None]:
-    """Validate the numbers of a moment.
+def encode_contributions(numbers: Mapping[int, int]) -> list[move_pb2.WorkerNumber]:
+    """Encode the numbers of several workers."""
+    return [move_pb2.WorkerNumber(worker=index, contribution=number) for index, number in numbers.items()]
 
-    Returns:
-        The numbers, the bound of the accumulated gradient, and the result of the last step.
+
+def decode_contributions(message: Iterable[move_pb2.WorkerNumber]) -> dict[int, int]:
+    """Decode the numbers of several workers."""
+    return {each.worker: each.contribution for each in message}
+
+
+def decode_numbers(message: move_pb2.StateNumbers, config: SessionConfig) -> ImportedNumbers:
+    """Validate the numbers of a moment.
 
     Raises:
         InvalidRequestError: a field is wrong; the message names it.
@@ -66,12 +85,48 @@ def decode_numbers(message: move_pb2.StateNumbers, config: SessionConfig) -> tup
     result = decode_result(message.last_result) if message.HasField("last_result") else None
     if result is not None and (result.step != message.step or len(result.groups) != len(config.groups)):
         raise _wrong("last_result", f"it is of step {result.step} and {len(result.groups)} groups")
-    steps = tuple(message.tensor_steps)
-    return Snapshot(message.step, message.load, steps, loss_scale, scalars), message.sum_bound, result
+    snapshot = Snapshot(message.step, message.load, tuple(message.tensor_steps), loss_scale, scalars)
+    return ImportedNumbers(snapshot, message.sum_bound, result, tuple(_decode_workers(message, config)))
+
+
+def _decode_workers(message: move_pb2.StateNumbers, config: SessionConfig) -> Iterator[MemberFacts]:
+    """Validate the numbers of several workers, and yield each with its first hold.
+
+    Raises:
+        InvalidRequestError: a field is wrong; the message names it.
+    """
+    most = 0 if config.aggregation is None else config.aggregation.workers
+    former = -1
+    for place, each in enumerate(message.workers):
+        field, result = f"workers[{place}]", None
+        if not former < each.worker < most:
+            raise _wrong(
+                f"{field}.worker", f"{each.worker} is not in ({former}, {most}): name each worker once, by index"
+            )
+        if each.contribution >= _COUNTER_END:
+            raise _wrong(f"{field}.contribution", f"{each.contribution} is not below 2^53")
+        if each.HasField("last_result") != (each.contribution > 0):
+            raise _wrong(f"{field}.last_result", "it is set exactly if the worker has contributed")
+        if each.contribution:
+            result = decode_result(each.last_result)
+            part = result.round
+            groups = 0 if part is not None and part.dropped else len(config.groups)
+            if part is None or part.contribution != each.contribution or len(result.groups) != groups:
+                raise _wrong(f"{field}.last_result", f"it is no result of contribution {each.contribution}")
+            if result.step > message.step:
+                raise _wrong(f"{field}.last_result", f"it is of step {result.step}, and the state of {message.step}")
+        former = each.worker
+        yield MemberFacts(
+            worker=each.worker,
+            contribution=each.contribution,
+            generation=FIRST_GENERATION,
+            acquired=FIRST_GENERATION,
+            last_result=None if result is None else msgspec.msgpack.encode(result),
+        )
 
 
 def decode_result(message: step_pb2.StepResult) -> StepResult:
-    """Decode the result of a step of one worker."""
+    """Decode the result of a step."""
     telemetry = message.telemetry
     return StepResult(
         step=message.step,
@@ -87,6 +142,21 @@ def decode_result(message: step_pb2.StepResult) -> StepResult:
         update_norm=telemetry.update_norm if telemetry.HasField("update_norm") else None,
         param_norm=telemetry.param_norm if telemetry.HasField("param_norm") else None,
         loss_scale=telemetry.loss_scale if telemetry.HasField("loss_scale") else None,
+        round=_decode_round(message.round) if message.HasField("round") else None,
+    )
+
+
+def _decode_round(message: aggregation_pb2.RoundResult) -> RoundResult:
+    return RoundResult(
+        contribution=message.contribution,
+        dropped=message.dropped,
+        members=message.members,
+        contributors=tuple(
+            Contributor(each.worker, each.weight, each.grad_norm, each.non_finite_count)
+            for each in message.contributors
+        ),
+        waiting_seconds=message.waiting_seconds,
+        staleness=message.staleness,
     )
 
 

@@ -28,7 +28,7 @@ class AsyncSteps(Contributions):
         state = self.parts.state
         with self.parts.lock:
             member = self.member(request, holder)
-            needed = member.admit(request.step) and not self._is_too_old(self.staleness(request))
+            needed = self.admit(member, request.step) and not self._is_too_old(self.staleness(request))
             unscale = state.unscale(request)
             entry = self.parts.progress.begin() if needed else None
         reply = request.reply_dtype if request.reply else None
@@ -83,7 +83,7 @@ class AsyncSteps(Contributions):
     def _admitted(self, step: Step) -> tuple[Member, int | None]:
         """Return the worker of a contribution and its staleness; None for a replay."""
         member = self.member(step.request, step.holder)
-        following = member.admit(step.contribution)
+        following = self.admit(member, step.contribution)
         return member, self.staleness(step.request) if following else None
 
     def _is_too_old(self, staleness: int) -> bool:

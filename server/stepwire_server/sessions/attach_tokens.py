@@ -12,9 +12,10 @@ import hashlib
 import secrets
 from typing import Final
 
-__all__ = ["AttachTokens"]
+__all__ = ["KEY_BYTES", "AttachTokens"]
 
-_KEY_BYTES: Final = 16
+KEY_BYTES: Final = 16
+"""The bytes of a key."""
 _ROUNDS: Final = 8
 _HALF_BYTES: Final = 4
 _HALF_BITS: Final = 8 * _HALF_BYTES
@@ -30,7 +31,7 @@ class AttachTokens:
 
     def __init__(self) -> None:
         """Choose a key."""
-        self.key = secrets.token_bytes(_KEY_BYTES)
+        self.key = secrets.token_bytes(KEY_BYTES)
 
     def adopt(self, key: bytes) -> None:
         """Go on with the key of an earlier server; an empty one changes nothing, and no earlier token is known then."""

@@ -21,6 +21,7 @@ from stepwire_server.records.session_config import SessionConfig
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.step_result import StepResult, StepTimes
 from stepwire_server.sessions.commits import Commits
+from stepwire_server.sessions.freeze import Freeze
 from stepwire_server.sessions.ledger import Ledger
 from stepwire_server.sessions.members import Member
 from stepwire_server.sessions.progress import Progress
@@ -96,6 +97,10 @@ class Contributions(abc.ABC):
     @abc.abstractmethod
     def loaded(self) -> None:
         """Forget what was contributed to the state before a load. Under the lock."""
+
+    def rest(self, freeze: Freeze) -> None:
+        """Wait no longer for contributions that a freeze does not admit. Under the lock."""
+        self.wake()
 
     def close(self) -> None:
         """Give memory back, and end the waits: the session has ended. Under the lock."""
@@ -176,6 +181,18 @@ class Contributions(abc.ABC):
         self.parts.ledger.check_step(step, holder)
         return self.parts.ledger.members[holder.worker]
 
+    def admit(self, member: Member, number: int) -> bool:
+        """Return True for the next contribution of a worker, and False for a replay of the last one.
+
+        Raises:
+            StepMismatchError: neither.
+            UnavailableError: the session is frozen for a move.
+        """
+        following, freeze = member.admit(number), self.parts.ledger.freeze
+        if following and freeze is not None:
+            freeze.check_contribution(member.worker.index, number)
+        return following
+
     def staleness(self, request: StepRequest) -> int:
         """Return the number of steps since the parameters that a gradient was computed from.
 
@@ -194,7 +211,7 @@ class Contributions(abc.ABC):
         return applied - request.base_step
 
     def check_waiting(self, step: Step) -> None:
-        """Refuse to wait on for a worker that has moved on, or in a session that has ended.
+        """Refuse to wait on for a worker that has moved on, or in a session that has ended or is frozen.
 
         Raises:
             StepwireError: as `Ledger.check_step`, or the error of `end`.
@@ -207,8 +224,11 @@ class Contributions(abc.ABC):
                 metadata=error.metadata,
                 retry_after_seconds=error.retry_after_seconds,
             )
-        self.parts.ledger.check_usable()
-        worker = self.parts.ledger.members[step.holder.worker].worker
+        ledger = self.parts.ledger
+        ledger.check_usable()
+        if ledger.freeze is not None:
+            ledger.freeze.check_contribution(step.holder.worker, step.contribution)
+        worker = ledger.members[step.holder.worker].worker
         worker.check(step.holder)
         if (stream := worker.holder.stream) is not None and stream.gone:
             raise UnavailableError("the client has left; its contribution counts, and nobody waits for the answer")

@@ -1,4 +1,6 @@
-"""The rest of a session for the time of a move: no step beyond one number is admitted, and no load.
+"""The rest of a session for the time of a move: no step beyond one number is admitted, no load, and no new worker.
+
+Of several workers each has a number of its own: that of its last contribution that is admitted.
 
 A freeze is in memory alone, and ends by itself. So a mover that is gone stops nobody for long, and a server that was
 restarted has forgotten it. The end of a move asks for the freeze once more, and so finds out.
@@ -7,7 +9,7 @@ restarted has forgotten it. The end of a move asks for the freeze once more, and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
 from stepwire.errors import Reason, UnavailableError
@@ -25,12 +27,16 @@ class Frozen(NamedTuple):
         last_step: the last step that is admitted.
         applied_load: its last committed load.
         epoch: its epoch.
+        contributions: of several workers, those that have joined, with their last contributions.
+        last_contributions: of several workers, the last contributions that are admitted.
     """
 
     applied_step: int
     last_step: int
     applied_load: int
     epoch: int
+    contributions: Mapping[int, int] = {}
+    last_contributions: Mapping[int, int] = {}
 
 
 class Rest(NamedTuple):
@@ -41,12 +47,14 @@ class Rest(NamedTuple):
         step: the last step.
         load: the last load.
         epoch: the epoch.
+        contributions: of several workers, the last contribution of each.
     """
 
     move_id: str
     step: int
     load: int
     epoch: int
+    contributions: Mapping[int, int] = {}
 
 
 class Freeze:
@@ -55,12 +63,21 @@ class Freeze:
     Attributes:
         move_id: the name of the move.
         last_step: the last step that is admitted.
+        last_contributions: of several workers, the last contribution of each that is admitted.
     """
 
-    def __init__(self, move_id: str, last_step: int, seconds: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        move_id: str,
+        last_step: int,
+        seconds: float,
+        clock: Callable[[], float],
+        last_contributions: Mapping[int, int] | None = None,
+    ) -> None:
         """Freeze for some seconds of a clock."""
         self.move_id = move_id
         self.last_step = last_step
+        self.last_contributions = dict(last_contributions or {})
         self._clock = clock
         self._end = clock() + seconds
 
@@ -82,6 +99,25 @@ class Freeze:
         """
         if step > self.last_step and not self.is_over:
             raise _moving("step", step, f"is admitted no step beyond {self.last_step}")
+
+    def check_contribution(self, worker: int, number: int) -> None:
+        """Refuse a contribution beyond the last one of its worker.
+
+        Raises:
+            UnavailableError: SESSION_MOVING.
+        """
+        last = self.last_contributions.get(worker, 0)
+        if number > last and not self.is_over:
+            raise _moving("contribution", number, f"is admitted none of worker {worker} beyond {last}")
+
+    def check_worker(self, worker: int) -> None:
+        """Refuse a worker that has not joined before, unless the freeze names it.
+
+        Raises:
+            UnavailableError: SESSION_MOVING.
+        """
+        if worker not in self.last_contributions and not self.is_over:
+            raise _moving("worker", worker, "is joined by no other worker")
 
     def check_load(self, load: int) -> None:
         """Refuse a load.

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from stepwire.errors import InvalidRequestError, StateChangedError
 from stepwire.layout import SCALE_SUFFIX
+from stepwire_server.durability.manifest import MemberFacts
 from stepwire_server.engines.protocol import PARAM, HostArray
 from stepwire_server.records.session_config import SessionConfig
+from stepwire_server.records.snapshot import Snapshot
+from stepwire_server.records.step_result import StepResult
 from stepwire_server.rules import RowSemantics
 from stepwire_server.sessions.incoming_state import IncomingState
 from stepwire_server.sessions.ledger import Ledger
@@ -14,7 +19,23 @@ from stepwire_server.sessions.session_lock import SessionLock
 from stepwire_server.sessions.workers import Holder
 from stepwire_server.steps.coverage import invalid_chunk
 
-__all__ = ["ImportedState"]
+__all__ = ["ImportedNumbers", "ImportedState"]
+
+
+class ImportedNumbers(NamedTuple):
+    """The numbers of a state of other sessions.
+
+    Attributes:
+        snapshot: the numbers of the arrays.
+        sum_bound: no element of the accumulated gradient is larger in magnitude.
+        last_result: the result of the last step; None for none.
+        members: the facts of several workers, each with its first hold; empty for one.
+    """
+
+    snapshot: Snapshot
+    sum_bound: float
+    last_result: StepResult | None
+    members: tuple[MemberFacts, ...] = ()
 
 
 class ImportedState:

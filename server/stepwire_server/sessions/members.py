@@ -129,6 +129,10 @@ class Members:
         for index, generation in generations.items():
             self[index].worker.resume(generation)
 
+    def joined(self) -> dict[int, Member]:
+        """Return the workers that somebody has acquired so far, by index."""
+        return {member.worker.index: member for member in self if member.worker.holder.acquired}
+
     def facts(self) -> tuple[MemberFacts, ...]:
         """Return what a checkpoint tells of the workers; nothing of a single one without aggregation."""
         if self.most == 1 and self[0].result is None:

@@ -10,16 +10,16 @@ not applied it; and its client sends it again where the model is then.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
-from stepwire_server.durability.moved import MovedSession, MovedShard
+from stepwire_server.durability.moved import MovedHold, MovedSession, MovedShard
 from stepwire_server.sessions.attach_tokens import AttachTokens
 from stepwire_server.sessions.freeze import Frozen, Rest
 from stepwire_server.sessions.named_checkpoints import telling_of_the_disk
 from stepwire_server.sessions.registry import Registry
 from stepwire_server.sessions.session import Session
-from stepwire_server.sessions.workers import Holder, Worker
+from stepwire_server.sessions.workers import FIRST_GENERATION, Holder, Worker
 
 __all__ = ["Moves"]
 
@@ -31,7 +31,9 @@ class Moves:
         """Serve the sessions of a registry."""
         self._registry = registry
 
-    def freeze(self, session: Session, move_id: str, last_step: int, seconds: float) -> Frozen:
+    def freeze(
+        self, session: Session, move_id: str, last_step: int, seconds: float, last_contributions: Mapping[int, int]
+    ) -> Frozen:
         """Freeze a session; see `Passage.freeze`.
 
         Raises:
@@ -39,7 +41,7 @@ class Moves:
             StepwireError: as `Passage.freeze`.
         """
         self._check_movable(session)
-        return session.passage.freeze(move_id, last_step, seconds)
+        return session.passage.freeze(move_id, last_step, seconds, last_contributions)
 
     def keep(self, session: Session) -> None:
         """Make an imported state as durable as its session is to be.
@@ -75,12 +77,14 @@ class Moves:
         self._registry.delete(session_id, leave=leave)
         return True
 
-    def successor(self, session_id: str, token: int) -> tuple[MovedShard, ...]:
-        """Return the shards that a session lives on in; none for a session that is still here.
+    def successor(self, session_id: str, token: int, worker: int = 0) -> list[tuple[MovedShard, int]]:
+        """Return the shards that a session lives on in, with tokens; none for a session that is still here.
 
         Args:
             session_id: the session's id.
-            token: of the client that held the worker at the end; without it no tokens come. 0 for a client without one.
+            token: of the client that held the worker at the end; without it all tokens are 0. 0 for a client without
+                one.
+            worker: the index of the worker.
 
         Raises:
             SessionNotFoundError: there is no such session.
@@ -88,22 +92,21 @@ class Moves:
         """
         if (moved := self._registry.moved.get(session_id)) is None:
             self._registry.get(session_id)
-            return ()
+            return []
         if not token:
-            return tuple(MovedShard(each.session_id, each.target, 0) for each in moved.shards)
-        _held_at_the_end(moved).check_client(token)
-        return moved.shards
+            return [(each, 0) for each in moved.shards]
+        _held_at_the_end(moved, worker).check_client(token)
+        return [(each, _first_token(each, worker)) for each in moved.shards]
 
     def _leave(self, session: Session, *, rest: Rest, shards: tuple[MovedShard, ...], decided: bool) -> None:
-        with session.passage.leaving(None if decided else rest) as holder:
+        with session.passage.leaving(None if decided else rest) as holds:
             record = MovedSession(
                 session_id=session.session_id,
                 request_id=session.request_id,
                 tenant=session.tenant,
                 move_id=rest.move_id,
                 attach_key=session.ledger.members.tokens.key,
-                generation=holder.generation,
-                acquired=holder.acquired,
+                holds={index: MovedHold(each.generation, each.acquired) for index, each in holds.items()},
                 shards=shards,
             )
             self._registry.moved.add(record, durable=session.durable)
@@ -111,7 +114,6 @@ class Moves:
     def _check_movable(self, session: Session) -> None:
         config, directory = session.config, self._registry.directory
         obstacles = {
-            "aggregation": ("several workers", config.aggregation is not None),
             "row_ids": ("rows that are named by ids", bool(config.hashed_tables)),
             "durability_replicated": ("durability 'replicated'", config.durability.level == "replicated"),
             "checkpoint_store": (
@@ -128,10 +130,20 @@ class Moves:
                 )
 
 
-def _held_at_the_end(moved: MovedSession) -> Worker:
-    """Return the worker of a session as it was at the end."""
-    tokens = AttachTokens()
-    tokens.adopt(moved.attach_key)
-    worker = Worker(0, tokens)
-    worker.holder = Holder(0, moved.generation, moved.acquired, None)
+def _held_at_the_end(moved: MovedSession, index: int) -> Worker:
+    """Return a worker of a session as it was at the end."""
+    worker = Worker(index, _tokens(moved.attach_key))
+    if (hold := moved.holds.get(index)) is not None:
+        worker.holder = Holder(index, hold.generation, hold.acquired, None)
     return worker
+
+
+def _first_token(shard: MovedShard, worker: int) -> int:
+    """Return the token of the first hold of a worker, which the state came in with; 0 if the key is not known."""
+    return _tokens(shard.attach_key).token(worker, FIRST_GENERATION) if shard.attach_key else 0
+
+
+def _tokens(key: bytes) -> AttachTokens:
+    tokens = AttachTokens()
+    tokens.adopt(key)
+    return tokens

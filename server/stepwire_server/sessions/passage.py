@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from stepwire.errors import DataLossError, StateChangedError
-from stepwire_server.records.snapshot import Snapshot
-from stepwire_server.records.step_result import StepResult
+from stepwire.errors import DataLossError, InvalidRequestError, StateChangedError
 from stepwire_server.sessions.calls_under_way import CallsUnderWay
 from stepwire_server.sessions.contributions import Contributions, Parts
 from stepwire_server.sessions.exchange import Captured, StateExchange
 from stepwire_server.sessions.freeze import Freeze, Frozen, Rest
-from stepwire_server.sessions.imported_state import ImportedState
+from stepwire_server.sessions.imported_state import ImportedNumbers, ImportedState
 from stepwire_server.sessions.ledger import session_parked
 from stepwire_server.steps.step import Hold
 
@@ -69,12 +67,16 @@ class Passage:
             self._leave()
             return True
 
-    def freeze(self, move_id: str, last_step: int, seconds: float) -> Frozen:
+    def freeze(
+        self, move_id: str, last_step: int, seconds: float, last_contributions: Mapping[int, int] | None = None
+    ) -> Frozen:
         """Admit no step beyond the present one, or a later one, and no load, for some seconds; again to renew.
 
-        A step that is half applied is the present one.
+        A step that is half applied is the present one. Of several workers, an open round ends with `UnavailableError`
+        if it has contributions beyond the last ones.
 
         Raises:
+            InvalidRequestError: a contribution is of no worker of the session.
             SessionNotFoundError, DataLossError, SessionNotReadyError: there is no sound state.
             FencedError: another server owns the data directory.
         """
@@ -82,13 +84,20 @@ class Passage:
             ledger, half = self._ledger, self._state.unfinished
             ledger.check_usable()
             present = ledger.applied_step if half is None else half.number
+            bounds, numbers = [last_contributions or {}], self._numbers()
+            self._check_workers(bounds[0])
             former = ledger.freeze
             if former is not None and former.move_id == move_id and not former.is_over:
                 last_step = max(last_step, former.last_step)
+                bounds.append(former.last_contributions)
             if former is None or not former.is_lasting:
-                former = Freeze(move_id, max(last_step, present), seconds, self._clock)
+                last = _largest(numbers, *bounds)
+                former = Freeze(move_id, max(last_step, present), seconds, self._clock, last)
             ledger.freeze = former
-            frozen = Frozen(ledger.applied_step, former.last_step, ledger.applied_load, ledger.epoch)
+            if self._contributions is not None:
+                self._contributions.rest(former)
+            last, load, epoch = former.last_contributions, ledger.applied_load, ledger.epoch
+            frozen = Frozen(ledger.applied_step, former.last_step, load, epoch, numbers, last)
             mark = self._progress.last
         self._progress.read(mark)
         return frozen
@@ -116,14 +125,14 @@ class Passage:
             yield captured
 
     @contextlib.contextmanager
-    def leaving(self, rest: Rest | None) -> Iterator[Hold]:
+    def leaving(self, rest: Rest | None) -> Iterator[Mapping[int, Hold]]:
         """End the session after a block that keeps the record of its successor; it stays if the block fails.
 
         Args:
             rest: the moment at which it rests; None where the record of the first shard has decided.
 
         Yields:
-            The present hold of the worker.
+            The present holds of the workers that have joined, by index.
 
         Raises:
             StateChangedError: the session is not frozen by this move, or is not at rest.
@@ -133,11 +142,11 @@ class Passage:
             self._ledger.check_open()
             ledger = self._ledger
             if rest is not None:
-                present = (self._at_rest(rest.move_id), ledger.applied_load, ledger.epoch)
-                if present != (rest.step, rest.load, rest.epoch):
+                present = (self._at_rest(rest.move_id), ledger.applied_load, ledger.epoch, self._numbers())
+                if present != (rest.step, rest.load, rest.epoch, rest.contributions):
                     raise _not_frozen(rest.move_id)
             try:
-                yield ledger.worker.holder
+                yield {index: member.worker.holder for index, member in ledger.members.joined().items()}
             except DataLossError:  # the record may be there, and the next server would find it: nothing goes on here
                 name = "" if rest is None else rest.move_id
                 ledger.freeze = Freeze(name, ledger.applied_step, math.inf, self._clock)
@@ -160,18 +169,40 @@ class Passage:
         with self._exchange.loads.one(), self._exchange.incoming() as incoming:
             yield ImportedState(self._config, self._ledger, self._lock, incoming, holder)
 
-    def complete(
-        self, imported: ImportedState, numbers: Snapshot, sum_bound: float, last_result: StepResult | None
-    ) -> None:
-        """Complete a state that has arrived.
+    def complete(self, imported: ImportedState, numbers: ImportedNumbers) -> bytes:
+        """Complete a state that has arrived, with the first hold of each worker, and return the key of their tokens.
 
         Raises:
             StepwireError: as `ImportedState.check`; the session is as unusable as before.
         """
         imported.check()
-        holder = self._ledger.worker.holder
-        captured = Captured(numbers, sum_bound, ready=True, last_result=last_result, holder=holder, acquisitions=0)
+        captured = Captured(
+            numbers.snapshot,
+            numbers.sum_bound,
+            ready=True,
+            last_result=numbers.last_result,
+            holder=self._ledger.worker.holder,
+            acquisitions=0,
+            members=numbers.members,
+        )
         self._exchange.restored(imported.incoming, captured)
+        return self._ledger.members.tokens.key
+
+    def _numbers(self) -> dict[int, int]:
+        """Return the last contribution of each worker that has joined; nothing for one worker. Under the lock."""
+        several = self._contributions is not None
+        return {index: member.number for index, member in self._ledger.members.joined().items()} if several else {}
+
+    def _check_workers(self, numbers: Mapping[int, int]) -> None:
+        """Refuse numbers of workers that the session cannot have. Under the lock.
+
+        Raises:
+            InvalidRequestError: names the first of them.
+        """
+        most = 0 if self._contributions is None else self._ledger.members.most
+        if wrong := [index for index in numbers if index >= most]:
+            problem = f"the session has no worker {wrong[0]}" if most else "the session has one worker, without numbers"
+            raise InvalidRequestError.of("last_contributions", problem)
 
     def _at_rest(self, move_id: str) -> int:
         """Return the step that the session rests at. Under the lock."""
@@ -179,6 +210,8 @@ class Passage:
         freeze = self._ledger.freeze
         frozen = freeze is not None and freeze.move_id == move_id and not freeze.is_over
         if freeze is None or not frozen or self._ledger.applied_step != freeze.last_step:
+            raise _not_frozen(move_id)
+        if self._numbers() != freeze.last_contributions:
             raise _not_frozen(move_id)
         return freeze.last_step
 
@@ -188,6 +221,11 @@ class Passage:
         ledger.closed = ledger.parked = True
         ledger.members.end(session_parked(ledger.session_id))
         self.release()
+
+
+def _largest(*numbers: Mapping[int, int]) -> dict[int, int]:
+    """Return the largest number of each worker."""
+    return {index: max(each.get(index, 0) for each in numbers) for index in sorted(set().union(*numbers))}
 
 
 def _not_frozen(move_id: str) -> StateChangedError:

@@ -14,7 +14,7 @@ from typing import Final
 
 import numpy as np
 
-from stepwire.errors import StateChangedError, StepwireError
+from stepwire.errors import StateChangedError, StepwireError, UnavailableError
 from stepwire.optimizers.norms import rounded_norm
 from stepwire.wire.dtypes import FLOAT32
 from stepwire_server.aggregation.grace import Grace
@@ -28,6 +28,7 @@ from stepwire_server.records.round_result import Contributor, RoundResult
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.step_result import StepResult
 from stepwire_server.sessions.contributions import Contributions, Parts, not_sent
+from stepwire_server.sessions.freeze import Freeze
 from stepwire_server.sessions.progress import Mark
 from stepwire_server.sessions.workers import Holder
 from stepwire_server.steps.check_gradient import GradientCheck, check_gradient, refusal
@@ -108,6 +109,16 @@ class Rounds(Contributions):
             changed = "a load has replaced the parameters of the round; pull them and compute the gradient again"
             self._fail(self._round, StateChangedError(changed))
 
+    def rest(self, freeze: Freeze) -> None:
+        """See `Contributions.rest`: an open round with such a contribution ends, and its workers send theirs again."""
+        try:
+            for each in self._round or ():
+                freeze.check_contribution(each.part.worker, each.request.step)
+        except UnavailableError as error:
+            assert self._round is not None
+            self._fail(self._round, error)
+        self.wake()
+
     def close(self) -> None:
         """See `Contributions.close`."""
         super().close()
@@ -122,7 +133,7 @@ class Rounds(Contributions):
     def _needs_gradient(self, request: StepRequest, holder: Holder) -> bool:
         """Tell whether a contribution is a new one, and in time."""
         member = self.member(request, holder)
-        if not member.admit(request.step) or self.staleness(request):
+        if not self.admit(member, request.step) or self.staleness(request):
             return False
         round_ = self._present()
         return round_ is None or round_.of(holder.worker) is None
@@ -137,11 +148,11 @@ class Rounds(Contributions):
     def _awaits_step(self, step: Step) -> bool:
         """Tell whether a contribution is a part of a round that is not over, or may become one."""
         member = self.member(step.request, step.holder)
-        return member.admit(step.contribution) and not self.staleness(step.request)
+        return self.admit(member, step.contribution) and not self.staleness(step.request)
 
     def _commit(self, step: Step, writer: ReplyWriter) -> tuple[StepResult, Mark]:
         member, last = self.member(step.request, step.holder), self.parts.progress.last
-        if not member.admit(step.contribution):
+        if not self.admit(member, step.contribution):
             return self.replay(member, step, writer), last
         if staleness := self.staleness(step.request):
             self._arrived_late(step.request)

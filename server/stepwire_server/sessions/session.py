@@ -242,6 +242,7 @@ class Session:
             InvalidRequestError: the session has no such worker, or a token comes without one.
             ResourceExhaustedError: a stream is attached as every worker.
             FencedError: the token or the epoch is not the newest.
+            UnavailableError: the worker would be a new one, and the session is frozen.
             SessionNotFoundError: the session has ended.
             DataLossError: the server knows of fewer durable steps than the client.
         """
@@ -251,8 +252,10 @@ class Session:
             self.ledger.check_epoch(epoch)
             self.ledger.check_open()
             self.ledger.check_durable(durable_step)
-            members = self.ledger.members
+            members, freeze = self.ledger.members, self.ledger.freeze
             member = members[members.vacant() if worker is None else worker]
+            if freeze is not None and not member.worker.holder.acquired:
+                freeze.check_worker(member.worker.index)
             members.join(member)
             held = member.worker
             holder = held.renew(token, stream) if token else held.acquire(stream)

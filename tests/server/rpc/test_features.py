@@ -411,7 +411,7 @@ KNOWN_FIELDS: dict[Any, set[str]] = {
         "durability",
         "checkpoints",
     },
-    pb.FreezeSessionRequest: {"session_id", "move_id", "last_step", "lease"},
+    pb.FreezeSessionRequest: {"session_id", "move_id", "last_step", "lease", "last_contributions"},
     pb.ThawSessionRequest: {"session_id", "move_id"},
     pb.ExportSessionRequest: {"session_id", "move_id", "chunk_bytes"},
     pb.ImportSessionRequest: {"open", "slot", "chunk", "numbers", "padding", "payload"},
@@ -424,9 +424,19 @@ KNOWN_FIELDS: dict[Any, set[str]] = {
         "loss_scale",
         "sum_bound",
         "last_result",
+        "workers",
     },
-    pb.HandOverSessionRequest: {"session_id", "move_id", "successor", "decided", "step", "load", "epoch"},
-    pb.GetSuccessorRequest: {"session_id", "attach_token"},
+    pb.HandOverSessionRequest: {
+        "session_id",
+        "move_id",
+        "successor",
+        "decided",
+        "step",
+        "load",
+        "epoch",
+        "contributions",
+    },
+    pb.GetSuccessorRequest: {"session_id", "attach_token", "worker"},
 }
 
 

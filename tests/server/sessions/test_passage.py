@@ -21,6 +21,7 @@ from stepwire.wire.messages import duration_to_wire
 from stepwire_server.config import ServerConfig
 from stepwire_server.durability.disk import Disk
 from stepwire_server.server import Server
+from stepwire_server.sessions.attach_tokens import KEY_BYTES, AttachTokens
 from stepwire_server.sessions.tenants import TenantSessions
 from tests.integration.probes import half_applied
 from tests.support.numpy_server import numpy_pool, numpy_server
@@ -28,7 +29,8 @@ from tests.support.raw import RawClient, Refused, step_message
 
 WEIGHTS = {"w": np.ones(8, np.float32)}
 GRADIENT = {"w": np.full(8, 0.5, np.float32)}
-SHARDS = [move_pb2.SuccessorShard(session_id="f" * 32, target="elsewhere:1", attach_token=7)]
+KEY = bytes(range(KEY_BYTES))
+SHARDS = [move_pb2.SuccessorShard(session_id="f" * 32, target="elsewhere:1", attach_key=KEY)]
 
 
 class Clock:
@@ -173,7 +175,9 @@ def test_a_session_that_has_left_tells_where_it_is(mover: Mover, session: stepwi
     for call in (mover.freeze, mover.export, mover.look):
         assert refusal(call)[0] == "SESSION_MOVED"
     assert mover.successor() == [0]
-    assert mover.successor(token) == [7]
+    tokens = AttachTokens()
+    tokens.adopt(KEY)
+    assert mover.successor(token) == [tokens.token(0, 1)]
     assert refusal(mover.successor, token + 1)[0] == "FENCED"
     assert server.registry.statistics().sessions == 0
     assert server.registry.statistics().reserved_bytes == 0
@@ -182,6 +186,8 @@ def test_a_session_that_has_left_tells_where_it_is(mover: Mover, session: stepwi
 def test_a_shard_follows_the_first_ones_decision_without_a_rest(mover: Mover) -> None:
     assert refusal(mover.hand_over)[0] == "STATE_CHANGED"
     assert refusal(mover.hand_over, shards=())[0] == "INVALID_CONFIG"
+    wrong = move_pb2.SuccessorShard(session_id="f" * 32, target="elsewhere:1", attach_key=KEY[1:])
+    assert "shards[0].attach_key: 15 bytes; it has 16" in refusal(mover.hand_over, shards=[wrong])[1]
     assert mover.hand_over(decided=True) is False
 
 
@@ -212,7 +218,9 @@ class Import:
                 sent.append(pb.ImportSessionRequest(numbers=each.numbers))
             else:
                 sent.append(pb.ImportSessionRequest(slot=each.slot, chunk=each.chunk, payload=each.payload))
-        return int(self._stub.ImportSession(iter(sent)).applied_step)
+        response = self._stub.ImportSession(iter(sent))
+        assert len(response.attach_key) == KEY_BYTES
+        return int(response.applied_step)
 
 
 @pytest.fixture
@@ -262,6 +270,7 @@ def test_a_state_that_is_not_whole_is_refused(exported: list[Any], new: Import) 
         ({"sum_bound": math.nan}, "sum_bound"),
         ({"loss_scale": optimizer_pb2.LossScaleState(scale=1.0)}, "loss_scale"),
         ({"step": 3}, "last_result"),
+        ({"workers": [move_pb2.WorkerNumbers()]}, "workers[0].worker"),
     ],
 )
 def test_numbers_of_another_session_are_refused(
@@ -368,7 +377,6 @@ def test_a_step_that_is_half_applied_is_finished_before_the_rest(
     ("feature", "settings", "options"),
     [
         ("row_ids", {}, {"parameters": {"t": stepwire.Table((16, 4), "torch_sparse", hashed=True)}}),
-        ("aggregation", {}, {"aggregation": stepwire.Aggregation(workers=2)}),
         ("checkpoint_store", {"data_dir": "data", "checkpoint_store": "objects"}, {"durability": "checkpoint"}),
         ("durability_replicated", {}, {"durability": "replicated"}),
     ],
