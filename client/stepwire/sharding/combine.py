@@ -29,29 +29,33 @@ def combined(
         decision: the decision about the step; without one, or with another worker's, the gradient's norms are within
             a float32 ulp of the whole's.
         limited: elements are clipped by value, so the shards know the norms after clipping.
+
+    Of several workers, a contribution that some shards alone have dropped has the measurements of the others.
     """
     if len(results) == 1:
         return results[0]
+    applied = [result for result in results if not result.round.dropped] or results
+    measured = [result.telemetry for result in applied]
     telemetry = step_pb2.Telemetry(
-        grad_norm=_norm(result.telemetry.grad_norm for result in results),
-        clipped_grad_norm=_root(result.telemetry.clipped_grad_norm for result in results),
-        clip_coefficient=results[0].telemetry.clip_coefficient,
-        non_finite_count=sum(result.telemetry.non_finite_count for result in results),
-        groups=[_group(groups) for groups in zip(*(result.telemetry.groups for result in results), strict=True)],
+        grad_norm=_norm(each.grad_norm for each in measured),
+        clipped_grad_norm=_root(each.clipped_grad_norm for each in measured),
+        clip_coefficient=measured[0].clip_coefficient,
+        non_finite_count=sum(each.non_finite_count for each in measured),
+        groups=[_group(groups) for groups in zip(*(each.groups for each in measured), strict=True)],
         **{name: max(getattr(result.telemetry, name) for result in results) for name in _LARGEST},
     )
-    if results[0].telemetry.HasField("loss_scale"):
-        telemetry.loss_scale = results[0].telemetry.loss_scale
+    if measured[0].HasField("loss_scale"):
+        telemetry.loss_scale = measured[0].loss_scale
     if sent := [r.telemetry for r in results if r.telemetry.HasField("previous_send_seconds")]:
         telemetry.previous_send_seconds = max(each.previous_send_seconds for each in sent)
-    _measure(telemetry, [result.telemetry for result in results])
+    _measure(telemetry, measured)
     whole = step_pb2.StepResult(
         step=results[0].step,
         durable_step=min(result.durable_step for result in results),
         epoch=max(result.epoch for result in results),
         replayed=all(result.replayed for result in results),
-        skipped=results[0].skipped,
-        accumulated=results[0].accumulated,
+        skipped=applied[0].skipped,
+        accumulated=applied[0].accumulated,
         telemetry=telemetry,
     )
     if results[0].HasField("round"):

@@ -110,8 +110,8 @@ def _decode_workers(message: move_pb2.StateNumbers, config: SessionConfig) -> It
         if each.contribution:
             result = decode_result(each.last_result)
             part = result.round
-            groups = 0 if part is not None and part.dropped else len(config.groups)
-            if part is None or part.contribution != each.contribution or len(result.groups) != groups:
+            groups = {len(config.groups)} | ({0} if part is not None and part.dropped else set())
+            if part is None or part.contribution != each.contribution or len(result.groups) not in groups:
                 raise _wrong(f"{field}.last_result", f"it is no result of contribution {each.contribution}")
             if result.step > message.step:
                 raise _wrong(f"{field}.last_result", f"it is of step {result.step}, and the state of {message.step}")

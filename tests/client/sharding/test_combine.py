@@ -113,3 +113,26 @@ def test_the_norm_of_what_is_not_finite_is_not() -> None:
 
 def test_one_shard_speaks_for_itself() -> None:
     assert combined(SHARDS[1:], RULING, limited=False) is SHARDS[1]
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_contribution_that_one_part_has_dropped_has_the_measurements_of_the_other(late: int) -> None:
+    parts = [step_pb2.StepResult(), step_pb2.StepResult()]
+    for part, shard in zip(parts, SHARDS, strict=True):
+        part.CopyFrom(shard)
+        part.round.contribution = 2
+        part.round.contributors.add(worker=0, weight=1.0, grad_norm=shard.telemetry.grad_norm)
+    kept = parts[1 - late].telemetry
+    kept.grad_norm = math.hypot(3.0, 4.0)
+    parts[1 - late].round.contributors[0].grad_norm = kept.grad_norm
+    parts[late].ClearField("telemetry")
+    del parts[late].round.contributors[:]
+    parts[late].round.dropped = True
+    whole = combined(parts, None, limited=False)
+    assert (whole.round.contribution, whole.round.dropped) == (2, True)
+    assert (whole.telemetry.grad_norm, len(whole.telemetry.groups)) == (kept.grad_norm, 2)
+    assert [each.grad_norm for each in whole.round.contributors] == [kept.grad_norm]
+    for part in parts:
+        part.ClearField("telemetry")
+        part.round.dropped = True
+    assert combined(parts, None, limited=False).telemetry.grad_norm == 0.0
