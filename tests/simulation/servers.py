@@ -104,6 +104,11 @@ class SimulatedServer:
         """Tell whether sessions are on its disk alone."""
         return self.registry is not None and bool(self.registry._parked)
 
+    @property
+    def is_newest(self) -> bool:
+        """Tell whether no newer server has claimed its directory."""
+        return self._newest_epoch() == self.epoch
+
     def die_after(self, calls: int) -> None:
         """Have the process killed at one of its next calls of the disk."""
         self._calls_left = calls

@@ -195,7 +195,9 @@ class OptimizerService:
                 session_lines.attached(session, holder, shared, context),
             ):
                 stream.transport = session_lines.transport_name(shared, context.peer())
-                yield _opened(session, holder, shared).SerializeToString()
+                opened = _opened(session, holder, shared)
+                session.settle()  # other workers may have stepped since
+                yield opened.SerializeToString()
                 steps = StepStream(session, holder, stream, self._serving, shared.buffers)
                 if shared.lane is None:
                     yield from steps.replies(frames)
@@ -227,9 +229,9 @@ class OptimizerService:
         session = self._sessions(context).get(opening.message.open.session_id)
         with self._serving.drain.admit():
             loaded = transfer.load(session, opening, frames, self._config.max_chunk_bytes)
-        return pb.LoadResponse(
-            session=encode_session(session, self._registry.clock(), whole=False), replayed=not loaded
-        )
+        description = encode_session(session, self._registry.clock(), whole=False)
+        session.settle()
+        return pb.LoadResponse(session=description, replayed=not loaded)
 
 
 def _opening(frames: Iterator[Frame]) -> Frame:

@@ -264,7 +264,7 @@ class Session:
             self._wake()
             mark = self.progress.last
         try:
-            self.progress.settle(mark)  # the reply tells of the last step, and of the hold
+            self.progress.settle(mark)  # the reply tells of the hold
             yield holder
         finally:
             with self._lock:
@@ -280,7 +280,9 @@ class Session:
         Raises:
             FencedError: another server owns the data directory.
         """
-        self.progress.read(self.progress.last)
+        with self._lock:  # a commit under way has changed some numbers, and not this one
+            mark = self.progress.last
+        self.progress.read(mark)
 
     def end_waits(self, error: StepwireError) -> None:
         """Have no worker wait for others from now on: each gets an error."""
