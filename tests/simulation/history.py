@@ -206,7 +206,7 @@ class History:
             getattr(network, fault.kind)(fault.shard, seconds)
         elif fault.kind in ("kill", "power"):
             newest.die_after(fault.calls)
-            self.scheduler.after(seconds, lambda: self._restart(fault))
+            self.scheduler.after(seconds, lambda: self._restart(fault, newest))
         elif fault.kind in ("pause", "replace"):
             newest.process.paused = not newest.process.dead
             if fault.kind == "replace":
@@ -217,13 +217,16 @@ class History:
         else:
             self._stale_until[fault.shard] = self.scheduler.now + seconds
 
-    def _restart(self, fault: Fault) -> None:
-        """End whatever still runs, and start a new process; with a loss of power behind what the disk has left."""
+    def _restart(self, fault: Fault, victim: SimulatedServer) -> None:
+        """End the victim now at the latest, and start a new process; with a loss of power from what the disk has left.
+
+        A victim that was forgotten would claim the shard when it goes on, and end with nobody to take its place.
+        """
         if fault.kind == "power":
             for server in self._servers[fault.shard]:
                 self.scheduler.kill(server.process)
         else:
-            self.scheduler.kill(self._servers[fault.shard][-1].process)
+            self.scheduler.kill(victim.process)
         self.scheduler.after(0.0, lambda: self._started_again(fault))
 
     def _started_again(self, fault: Fault) -> None:

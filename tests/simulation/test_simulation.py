@@ -39,6 +39,12 @@ def test_a_model_of_shards_is_right_through_all_faults(seed: int) -> None:
     run(seed, shape, chosen(random.Random(seed), 3, most=6, until=0.1))
 
 
+@pytest.mark.parametrize("seed", [4490, 4797, 9015])
+def test_histories_that_have_found_a_fault_are_right(seed: int) -> None:
+    """An attach that told of a load before it was durable, and clients that were fenced by their own first attempts."""
+    run(seed, shape_of(seed), faults_of(seed))
+
+
 def test_a_step_that_a_worker_repeats_counts_once() -> None:
     run(331, shape_of(331), faults_of(331))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterable
 from typing import Final
 
@@ -24,6 +25,8 @@ from stepwire.wire.dtypes import wire_bytes
 from stepwire.wire.packets import REQUEST_BYTES
 
 __all__ = ["Hold"]
+
+_ACQUISITIONS: Final = (1 << 64) - 1
 
 _WAITS_FROM_BYTES: Final = 1 << 20
 """A gradient of more bytes waits on the client while those of other workers are received: HTTP/2 has no room for it."""
@@ -80,6 +83,7 @@ class Hold:
         self.answered_step = 0
         self.unfinished_step = 0
         self.in_doubt = False
+        self._acquisition = 0  # the number of the attempts to take the worker, until one is answered
         self.shared: SharedArrays | None = None
         self.lane: PacketLane | None = None
         self.streams_opened = 0
@@ -133,9 +137,12 @@ class Hold:
         if self._stream is not None and self._stream.is_cut:
             self.detach()
         if self._stream is None:
+            if self.token == 0 and self._acquisition == 0:
+                self._acquisition = 1 + secrets.randbelow(_ACQUISITIONS)
             opening = attach_pb2.AttachOpen(
                 session_id=self._session_id,
                 attach_token=self.token,
+                acquisition=self._acquisition,
                 epoch=self.epoch,
                 durable_step=self.durable_step,
                 worker=self.worker or 0,
@@ -311,6 +318,7 @@ class Hold:
             self._session_step = self.base_step = opened.applied_step
         elif self._is_aggregated and own < self.applied_step and opened.applied_step >= self.session_step:
             self.applied_step = own  # it forgot contributions that it had dropped: nothing is lost
+        self._acquisition = 0
         self.load_in_doubt = 0  # a load that did not arrive before is of an older hold, and commits nothing
         self.token = opened.attach_token
         self.epoch = opened.epoch

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from stepwire.v1 import transport_pb2 as stepwire_dot_v1_dot_transport__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18stepwire/v1/attach.proto\x12\x0bstepwire.v1\x1a\x1bstepwire/v1/transport.proto\"\xaa\x01\n\nAttachOpen\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\r\x12\x14\n\x0c\x61ttach_token\x18\x03 \x01(\x04\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12)\n\ttransport\x18\x05 \x01(\x0e\x32\x16.stepwire.v1.Transport\x12\x14\n\x0c\x64urable_step\x18\x06 \x01(\x04\x12\x12\n\nany_worker\x18\x07 \x01(\x08\"\xc0\x02\n\x0c\x41ttachOpened\x12\x14\n\x0c\x61ttach_token\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0c\x61pplied_step\x18\x03 \x01(\x04\x12\x14\n\x0c\x64urable_step\x18\x04 \x01(\x04\x12\x14\n\x0c\x61pplied_load\x18\x05 \x01(\x04\x12\r\n\x05ready\x18\x06 \x01(\x08\x12)\n\ttransport\x18\x07 \x01(\x0e\x32\x16.stepwire.v1.Transport\x12\x18\n\x10transport_reason\x18\x08 \x01(\t\x12*\n\x07handoff\x18\t \x01(\x0b\x32\x14.stepwire.v1.HandoffH\x00\x88\x01\x01\x12\x17\n\x0funfinished_step\x18\n \x01(\x04\x12\x0e\n\x06worker\x18\x0b \x01(\r\x12\x14\n\x0c\x63ontribution\x18\x0c \x01(\x04\x42\n\n\x08_handoffB\x8c\x01\n\x15io.github.stepwire.v1B\x0b\x41ttachProtoP\x01Z9github.com/stepwire/stepwire/proto/stepwire/v1;stepwirev1\xaa\x02\x0bStepwire.V1\xca\x02\x0bStepwire\\V1\xea\x02\x0cStepwire::V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18stepwire/v1/attach.proto\x12\x0bstepwire.v1\x1a\x1bstepwire/v1/transport.proto\"\xbf\x01\n\nAttachOpen\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06worker\x18\x02 \x01(\r\x12\x14\n\x0c\x61ttach_token\x18\x03 \x01(\x04\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12)\n\ttransport\x18\x05 \x01(\x0e\x32\x16.stepwire.v1.Transport\x12\x14\n\x0c\x64urable_step\x18\x06 \x01(\x04\x12\x12\n\nany_worker\x18\x07 \x01(\x08\x12\x13\n\x0b\x61\x63quisition\x18\x08 \x01(\x04\"\xc0\x02\n\x0c\x41ttachOpened\x12\x14\n\x0c\x61ttach_token\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x14\n\x0c\x61pplied_step\x18\x03 \x01(\x04\x12\x14\n\x0c\x64urable_step\x18\x04 \x01(\x04\x12\x14\n\x0c\x61pplied_load\x18\x05 \x01(\x04\x12\r\n\x05ready\x18\x06 \x01(\x08\x12)\n\ttransport\x18\x07 \x01(\x0e\x32\x16.stepwire.v1.Transport\x12\x18\n\x10transport_reason\x18\x08 \x01(\t\x12*\n\x07handoff\x18\t \x01(\x0b\x32\x14.stepwire.v1.HandoffH\x00\x88\x01\x01\x12\x17\n\x0funfinished_step\x18\n \x01(\x04\x12\x0e\n\x06worker\x18\x0b \x01(\r\x12\x14\n\x0c\x63ontribution\x18\x0c \x01(\x04\x42\n\n\x08_handoffB\x8c\x01\n\x15io.github.stepwire.v1B\x0b\x41ttachProtoP\x01Z9github.com/stepwire/stepwire/proto/stepwire/v1;stepwirev1\xaa\x02\x0bStepwire.V1\xca\x02\x0bStepwire\\V1\xea\x02\x0cStepwire::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,7 +34,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\025io.github.stepwire.v1B\013AttachProtoP\001Z9github.com/stepwire/stepwire/proto/stepwire/v1;stepwirev1\252\002\013Stepwire.V1\312\002\013Stepwire\\V1\352\002\014Stepwire::V1'
   _globals['_ATTACHOPEN']._serialized_start=71
-  _globals['_ATTACHOPEN']._serialized_end=241
-  _globals['_ATTACHOPENED']._serialized_start=244
-  _globals['_ATTACHOPENED']._serialized_end=564
+  _globals['_ATTACHOPEN']._serialized_end=262
+  _globals['_ATTACHOPENED']._serialized_start=265
+  _globals['_ATTACHOPENED']._serialized_end=585
 # @@protoc_insertion_point(module_scope)

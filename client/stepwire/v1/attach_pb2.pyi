@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class AttachOpen(_message.Message):
-    __slots__ = ("session_id", "worker", "attach_token", "epoch", "transport", "durable_step", "any_worker")
+    __slots__ = ("session_id", "worker", "attach_token", "epoch", "transport", "durable_step", "any_worker", "acquisition")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
     ATTACH_TOKEN_FIELD_NUMBER: _ClassVar[int]
@@ -15,6 +15,7 @@ class AttachOpen(_message.Message):
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
     DURABLE_STEP_FIELD_NUMBER: _ClassVar[int]
     ANY_WORKER_FIELD_NUMBER: _ClassVar[int]
+    ACQUISITION_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     worker: int
     attach_token: int
@@ -22,7 +23,8 @@ class AttachOpen(_message.Message):
     transport: _transport_pb2.Transport
     durable_step: int
     any_worker: bool
-    def __init__(self, session_id: _Optional[str] = ..., worker: _Optional[int] = ..., attach_token: _Optional[int] = ..., epoch: _Optional[int] = ..., transport: _Optional[_Union[_transport_pb2.Transport, str]] = ..., durable_step: _Optional[int] = ..., any_worker: bool = ...) -> None: ...
+    acquisition: int
+    def __init__(self, session_id: _Optional[str] = ..., worker: _Optional[int] = ..., attach_token: _Optional[int] = ..., epoch: _Optional[int] = ..., transport: _Optional[_Union[_transport_pb2.Transport, str]] = ..., durable_step: _Optional[int] = ..., any_worker: bool = ..., acquisition: _Optional[int] = ...) -> None: ...
 
 class AttachOpened(_message.Message):
     __slots__ = ("attach_token", "epoch", "applied_step", "durable_step", "applied_load", "ready", "transport", "transport_reason", "handoff", "unfinished_step", "worker", "contribution")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -32,6 +33,7 @@ from stepwire_server.rpc.packet_steps import PacketSteps, end_together
 from stepwire_server.rpc.serving import Serving
 from stepwire_server.rpc.statistics_service import StatisticsService
 from stepwire_server.rpc.unary_step import step_once
+from stepwire_server.sessions.client_stream import ClientStream
 from stepwire_server.sessions.parked import ParkedSession
 from stepwire_server.sessions.registry import Registry
 from stepwire_server.sessions.session import Session
@@ -190,7 +192,7 @@ class OptimizerService:
             worker = None if opening.any_worker else opening.worker
             self._registry.streams.admit(stream, session.tenant, returns=worker in session.ledger.members.attached)
             with (
-                session.attached(stream, opening.attach_token, opening.epoch, opening.durable_step, worker) as holder,
+                _attached(session, stream, opening, worker) as holder,
                 self._sharing.share(session, opening.transport, token_of(context, self._access)) as shared,
                 session_lines.attached(session, holder, shared, context),
             ):
@@ -232,6 +234,13 @@ class OptimizerService:
         description = encode_session(session, self._registry.clock(), whole=False)
         session.settle()
         return pb.LoadResponse(session=description, replayed=not loaded)
+
+
+def _attached(
+    session: Session, stream: ClientStream, opening: attach_pb2.AttachOpen, worker: int | None
+) -> contextlib.AbstractContextManager[Holder]:
+    token, epoch = opening.attach_token, opening.epoch
+    return session.attached(stream, token, epoch, opening.durable_step, worker, opening.acquisition)
 
 
 def _opening(frames: Iterator[Frame]) -> Frame:

@@ -166,12 +166,18 @@ class Members:
         """The indices of the workers that have a stream."""
         return frozenset(index for index, member in self._members.items() if member.worker.attached)
 
-    def vacant(self) -> int:
+    def vacant(self, acquisition: int = 0) -> int:
         """Return the lowest index that was never held, or else that has no stream.
+
+        Args:
+            acquisition: the client's number of its attempts. The worker that an earlier one got comes first.
 
         Raises:
             ResourceExhaustedError: all have one.
         """
+        for index, member in self._members.items():
+            if acquisition and member.worker.holder.acquisition == acquisition:
+                return index
         for index in range(self.most):
             if index not in self._members or not self._members[index].worker.holder.generation:
                 return index

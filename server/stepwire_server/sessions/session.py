@@ -227,7 +227,13 @@ class Session:
 
     @contextlib.contextmanager
     def attached(
-        self, stream: ClientStream, token: int, epoch: int, durable_step: int = 0, worker: int | None = 0
+        self,
+        stream: ClientStream,
+        token: int,
+        epoch: int,
+        durable_step: int = 0,
+        worker: int | None = 0,
+        acquisition: int = 0,
     ) -> Iterator[Holder]:
         """Keep a stream attached for a block; yields its hold of the worker.
 
@@ -237,6 +243,7 @@ class Session:
             epoch: the epoch the client knows; 0 skips the check.
             durable_step: the last step that the client knows to be durable.
             worker: the index of the worker; None for whichever no stream is attached as.
+            acquisition: without a token, the client's number of its attempts; 0 for none.
 
         Raises:
             InvalidRequestError: the session has no such worker, or a token comes without one.
@@ -253,13 +260,13 @@ class Session:
             self.ledger.check_open()
             self.ledger.check_durable(durable_step)
             members, freeze = self.ledger.members, self.ledger.freeze
-            member = members[members.vacant() if worker is None else worker]
+            member = members[members.vacant(acquisition) if worker is None else worker]
             if freeze is not None and not member.worker.holder.acquired:
                 freeze.check_worker(member.worker.index)
             members.join(member)
             held = member.worker
-            holder = held.renew(token, stream) if token else held.acquire(stream)
-            if not token:
+            holder = held.renew(token, stream) if token else held.acquire(stream, acquisition)
+            if holder.acquired == holder.generation:
                 self.progress.acquired(holder)
             self._wake()
             mark = self.progress.last

@@ -9,7 +9,8 @@ A client that attaches again after a broken connection gets a new hold too. Its 
 on their way, and must not act on the client's next steps. The reply with the new token may be lost as well. So any
 token that the client had since it acquired the worker attaches; only the newest one steps and loads in calls. An attach
 that was delayed displaces a stream of its own client at worst: the client attaches again, and no step is lost.
-An older token in a call is told apart in the same way: of its own client, or of one that is fenced.
+An older token in a call is told apart in the same way: of its own client, or of one that is fenced. The first attach
+has no token, and may be delayed as well. So it has a number, which the client sends again with each attempt.
 """
 
 from __future__ import annotations
@@ -37,9 +38,10 @@ class Holder:
         acquired: the generation in which this client took the worker from another one.
         stream: the attached stream; None where calls alone step.
         token: the client's `attach_token`; 0 for a hold of an earlier server, whose token its client knows.
+        acquisition: the client's number of the attempts to take the worker; 0 for one without.
     """
 
-    __slots__ = ("acquired", "generation", "stream", "token", "worker")
+    __slots__ = ("acquired", "acquisition", "generation", "stream", "token", "worker")
 
     def __init__(
         self, worker: int, generation: int, acquired: int, stream: ClientStream | None, token: int = 0
@@ -50,6 +52,7 @@ class Holder:
         self.acquired = acquired
         self.stream = stream
         self.token = token
+        self.acquisition = 0
 
     @property
     def transport(self) -> str:
@@ -73,10 +76,18 @@ class Worker:
         """A stream is attached."""
         return self.holder.stream is not None
 
-    def acquire(self, stream: ClientStream | None = None) -> Holder:
-        """Give the worker to a new client and fence the one before."""
-        generation = self.holder.generation + 1
-        return self._hold(generation, generation, stream)
+    def acquire(self, stream: ClientStream | None = None, acquisition: int = 0) -> Holder:
+        """Give the worker to a new client and fence the one before.
+
+        Args:
+            stream: the stream of the client.
+            acquisition: the client's number of its attempts. Another attempt of the present holder renews the hold.
+        """
+        former, generation = self.holder, self.holder.generation + 1
+        again = acquisition != 0 and acquisition == former.acquisition
+        holder = self._hold(generation, former.acquired if again else generation, stream)
+        holder.acquisition = acquisition
+        return holder
 
     def renew(self, token: int, stream: ClientStream) -> Holder:
         """Give the worker to a new stream of the client that holds it.
@@ -85,7 +96,10 @@ class Worker:
             FencedError: another client holds the worker.
         """
         self.check_client(token)
-        return self._hold(self.holder.generation + 1, self.holder.acquired, stream)
+        acquisition = self.holder.acquisition
+        holder = self._hold(self.holder.generation + 1, self.holder.acquired, stream)
+        holder.acquisition = acquisition
+        return holder
 
     def restore(self, acquired: int, epoch: int) -> None:
         """Go on from the hold of an earlier server; its client attaches with any token that it had since then.

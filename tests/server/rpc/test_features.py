@@ -368,6 +368,7 @@ KNOWN_FIELDS: dict[Any, set[str]] = {
         "transport",
         "durable_step",
         "any_worker",
+        "acquisition",
     },
     pb.AttachRequest: {"open", "begin", "chunk", "commit", "check", "over_stream", "padding", "payload"},
     pb.StepRequest: {"session_id", "worker", "attach_token", "begin", "payload"},

@@ -39,6 +39,24 @@ def test_each_acquiring_gives_the_next_generation_and_fences_the_holds_before() 
         assert refused.value.metadata == {"worker": "0"}
 
 
+def test_the_attempts_of_one_acquisition_are_of_one_client() -> None:
+    """The one that was answered may be followed by one that was delayed; the client knows nothing of that one."""
+    worker = Worker(0, AttachTokens())
+    first = worker.acquire(Stream(), acquisition=7)
+    ghost = worker.acquire(Stream(), acquisition=7)
+    assert [(each.generation, each.acquired) for each in (first, ghost)] == [(1, 1), (2, 1)]
+    with pytest.raises(UnavailableError, match="newer stream of this client"):
+        worker.check(first)
+    back = worker.renew(first.token, Stream())
+    assert worker.acquire(Stream(), acquisition=7).acquired == back.acquired == 1
+    for number in (8, 7, 0, 0):
+        before = worker.holder
+        holder = worker.acquire(Stream(), acquisition=number)
+        assert holder.acquired == holder.generation
+        with pytest.raises(FencedError):
+            worker.check(before)
+
+
 def test_a_call_finds_the_present_hold_by_its_token_and_no_other() -> None:
     worker = Worker(0, AttachTokens())
     first = worker.acquire()
