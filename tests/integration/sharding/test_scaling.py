@@ -188,12 +188,12 @@ def test_error_feedback_comes_along(servers: list[Server], opened: Opened) -> No
         assert len(session.shards) == 4
 
 
-def test_a_session_of_several_workers_is_refused_by_name(servers: list[Server], opened: Opened) -> None:
+def test_a_session_with_rows_by_ids_is_refused_by_name(servers: list[Server], opened: Opened) -> None:
     client = over(servers, opened, 2)
-    with client.create_session(arrays(SHAPES, 0), aggregation=stepwire.Aggregation(workers=2)) as session:
-        with pytest.raises(stepwire.UnsupportedFeatureError, match="several workers") as refused:
+    with client.create_session({"t": stepwire.Table((4096, 64), "torch_sparse", hashed=True)}) as session:
+        with pytest.raises(stepwire.UnsupportedFeatureError, match="rows that are named by ids") as refused:
             moved(session, servers, 3)
-        assert refused.value.metadata["feature"] == "aggregation"
+        assert refused.value.metadata["feature"] == "row_ids"
 
 
 @pytest.mark.many

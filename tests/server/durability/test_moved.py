@@ -10,7 +10,7 @@ import pytest
 from stepwire.errors import SessionMovedError
 from stepwire_server.durability import moved as moved_module
 from stepwire_server.durability.disk import Disk
-from stepwire_server.durability.moved import MovedSession, MovedSessions, MovedShard
+from stepwire_server.durability.moved import MovedHold, MovedSession, MovedSessions, MovedShard
 
 MOST = 3
 
@@ -28,9 +28,8 @@ def record(index: int, tenant: str = "") -> MovedSession:
         tenant=tenant,
         move_id="move",
         attach_key=b"key",
-        generation=1,
-        acquired=1,
-        shards=(MovedShard("f" * 32, "host:1", 7),),
+        holds={0: MovedHold(3, 1), 2: MovedHold(5, 5)},
+        shards=(MovedShard("f" * 32, "host:1", b"another key"),),
     )
 
 
