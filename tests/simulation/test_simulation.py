@@ -10,11 +10,24 @@ import pytest
 
 from stepwire_server.durability.epochs import Epochs
 from stepwire_server.durability.writer import LogWriter
+from stepwire_server.sessions.session import Session
+from stepwire_server.sessions.workers import Worker
 from tests.simulation.disks import SimulatedDisk
 from tests.simulation.faults import Fault, chosen, shrunk
 from tests.simulation.history import Broken, Shape, faults_of, run, shape_of
 
 ONE = Shape(shards=1, workers=1, steps=4, two_phase=False, large=False)
+TWO = Shape(shards=1, workers=2, steps=3, two_phase=False, large=False)
+
+
+def lost_load(seed: int) -> list[Fault]:
+    """Return a partition that lets two workers come at once, and a loss of power at their first load."""
+    return [Fault(0.017, "hold", 0, 1.4, 1), Fault(0.085, "power", 0, 3.0, 10 + seed % 10)]
+
+
+def late_attach(seed: int) -> list[Fault]:
+    """Return a server that stands still while workers attach, and whose connections break meanwhile."""
+    return [Fault(0.03 + seed / 2000, "pause", 0, 0.4, 1), Fault(0.1 + seed / 1000, "cut", 0, 0.5, 1)]
 
 
 @pytest.fixture(autouse=True)
@@ -39,10 +52,28 @@ def test_a_model_of_shards_is_right_through_all_faults(seed: int) -> None:
     run(seed, shape, chosen(random.Random(seed), 3, most=6, until=0.1))
 
 
-@pytest.mark.parametrize("seed", [4490, 4797, 9015])
-def test_histories_that_have_found_a_fault_are_right(seed: int) -> None:
-    """An attach that told of a load before it was durable, and clients that were fenced by their own first attempts."""
-    run(seed, shape_of(seed), faults_of(seed))
+def test_workers_whose_attaches_are_late_or_tell_of_others_loads_go_on() -> None:
+    for seed in (33, 56):
+        run(seed, TWO, lost_load(seed))
+    for seed in (18, 29):
+        run(seed, TWO, late_attach(seed))
+
+
+def test_an_attach_that_does_not_wait_for_the_disk_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It tells of the load of another worker, which a loss of power takes away."""
+    monkeypatch.setattr(Session, "settle", lambda self: None)
+    with pytest.raises(Broken, match="STATE_LOST"):
+        for seed in range(30, 60):
+            run(seed, TWO, lost_load(seed))
+
+
+def test_attempts_of_an_attach_without_a_number_in_common_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one stands in a paused server, comes behind the second one, and fences its own client."""
+    acquire = Worker.acquire
+    monkeypatch.setattr(Worker, "acquire", lambda self, stream=None, acquisition=0: acquire(self, stream))
+    with pytest.raises(Broken, match="FENCED"):
+        for seed in range(15, 35):
+            run(seed, TWO, late_attach(seed))
 
 
 def test_a_step_that_a_worker_repeats_counts_once() -> None:

@@ -1,4 +1,4 @@
-"""What client and server ask of the host that they run on: threads, and memory that processes share."""
+"""The host that client and server run on: threads, and memory that processes share."""
 
 from __future__ import annotations
 

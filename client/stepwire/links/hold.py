@@ -27,7 +27,7 @@ from stepwire.wire.packets import REQUEST_BYTES
 __all__ = ["Hold"]
 
 _ACQUISITIONS: Final = (1 << 64) - 1
-
+"""The numbers of acquisitions, from 1."""
 _WAITS_FROM_BYTES: Final = 1 << 20
 """A gradient of more bytes waits on the client while those of other workers are received: HTTP/2 has no room for it."""
 

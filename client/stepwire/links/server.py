@@ -24,7 +24,7 @@ from stepwire.version import PROTOCOL_MAX, PROTOCOL_MIN
 from stepwire.wire.channel_options import LARGEST_REQUEST_BYTES
 from stepwire.wire.messages import duration_to_wire
 
-__all__ = ["LinkOptions", "RemoteServer", "ServerLink"]
+__all__ = ["CreatedLink", "LinkOptions", "RemoteServer", "ServerLink"]
 
 _END_SECONDS: Final = 5.0
 

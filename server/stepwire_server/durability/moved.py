@@ -27,7 +27,7 @@ __all__ = ["LONGEST_TARGET", "MOST_SHARDS", "MovedHold", "MovedSession", "MovedS
 
 _MOST_BYTES: Final = 16 << 20
 _MOST_RECORDS: Final = 256
-"""The records of one tenant that are kept; see `MOST_SHARDS` for their size."""
+"""The records of one tenant that are kept. A record has a line for each shard, and a hold for each worker."""
 MOST_SHARDS: Final = 256
 """The shards of a successor."""
 LONGEST_TARGET: Final = 256

@@ -175,9 +175,10 @@ class Members:
         Raises:
             ResourceExhaustedError: all have one.
         """
-        for index, member in self._members.items():
-            if acquisition and member.worker.holder.acquisition == acquisition:
-                return index
+        if acquisition:
+            for index, member in self._members.items():
+                if member.worker.holder.acquisition == acquisition:
+                    return index
         for index in range(self.most):
             if index not in self._members or not self._members[index].worker.holder.generation:
                 return index

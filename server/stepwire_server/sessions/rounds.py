@@ -117,7 +117,7 @@ class Rounds(Contributions):
         except UnavailableError as error:
             assert self._round is not None
             self._fail(self._round, error)
-        self.wake()
+        super().rest(freeze)
 
     def close(self) -> None:
         """See `Contributions.close`."""

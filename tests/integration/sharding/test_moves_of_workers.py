@@ -34,7 +34,7 @@ class Workers:
     def __init__(self, stack: contextlib.ExitStack, targets: list[str], transport: str = "tcp", **options: Any) -> None:
         self._targets = targets
         retry = stepwire.Retry(initial_seconds=0.001, max_seconds=0.01)
-        self._clients = [
+        self._clients: list[Any] = [
             stack.enter_context(stepwire.connect(targets[0], transport=transport, timeout=60.0, retry=retry))
             for _ in range(WORKERS)
         ]
@@ -44,7 +44,7 @@ class Workers:
 
     def join(self, worker: int | str, client: int = 0) -> Any:
         """Make a session, or find it."""
-        session: Any = self._clients[client].create_session(ZEROS, worker=worker, **self._options)  # type: ignore[call-overload]
+        session: Any = self._clients[client].create_session(ZEROS, worker=worker, **self._options)
         self.sessions.append(session)
         return session
 

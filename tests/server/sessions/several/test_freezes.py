@@ -10,6 +10,7 @@ import pytest
 from stepwire.errors import InvalidRequestError, Reason, StateChangedError, UnavailableError
 from stepwire.optimizers.aggregation import Aggregation
 from stepwire_server.engines.cpu.engine import CpuEngine
+from stepwire_server.records.step_result import StepResult
 from stepwire_server.sessions.freeze import Frozen, Rest
 from tests.server.sessions.several.rig import Attached, Commit, Rig, Vector, config_of
 
@@ -24,6 +25,11 @@ def filled(value: float) -> Vector:
 
 def contributed(rig: Rig, attached: Attached, number: int, value: float = 1.0, **fields: Any) -> Commit:
     return rig.commit(rig.staged(attached.holder, filled(value), number, **fields))
+
+
+def result_of(commit: Commit) -> StepResult:
+    assert isinstance(commit.outcome, StepResult)
+    return commit.outcome
 
 
 def frozen(rig: Rig, last: dict[int, int] | None = None, *, move_id: str = "one", seconds: float = 10.0) -> Frozen:
@@ -48,7 +54,7 @@ def test_an_open_round_ends_with_a_freeze_and_begins_anew_behind_it(engine: CpuE
         rig.staged(first.holder, filled(1.0), 1)
     rig.session.passage.thaw("one")
     again = [contributed(rig, first, 1, 1.0), contributed(rig, second, 1, 2.0)]
-    assert [each.outcome.step for each in again] == [1, 1]  # type: ignore[union-attr]
+    assert [result_of(each).step for each in again] == [1, 1]
     np.testing.assert_array_equal(rig.parameters, filled(-3.0))
     rig.close()
 
@@ -62,11 +68,11 @@ def test_a_round_that_another_shard_has_made_is_finished(engine: CpuEngine) -> N
     with pytest.raises(StateChangedError), rig.session.passage.exported("one"):
         pass
     done = contributed(rig, second, 1)
-    assert (waiting.outcome.step, done.outcome.step) == (1, 1)  # type: ignore[union-attr]
+    assert (result_of(waiting).step, result_of(done).step) == (1, 1)
     assert frozen(rig) == (1, 1, 0, 1, {0: 1, 1: 1}, {0: 1, 1: 1})
     with rig.session.passage.exported("one") as captured:
         assert [(each.worker, each.contribution) for each in captured.members] == [(0, 1), (1, 1)]
-    assert contributed(rig, second, 1).outcome.replayed is True  # type: ignore[union-attr]
+    assert result_of(contributed(rig, second, 1)).replayed is True
     with pytest.raises(UnavailableError):
         rig.staged(first.holder, filled(1.0), 2)
     rig.close()
@@ -150,7 +156,7 @@ def test_a_freeze_that_is_over_holds_nobody_back(engine: CpuEngine) -> None:
     first = rig.attach(0)
     frozen(rig, seconds=5.0)
     rig.pass_time(5.0)
-    assert contributed(rig, first, 1).outcome.step == 1  # type: ignore[union-attr]
+    assert result_of(contributed(rig, first, 1)).step == 1
     rig.attach(1)
     rig.close()
 
