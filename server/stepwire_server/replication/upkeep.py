@@ -116,12 +116,16 @@ class Upkeep:
                     _log.warning("digests not compared", session_id=replica.session.session_id, problem=str(error))
 
     def digested(self, key: bytes, number: int, digest: bytes) -> None:
-        """Note the digest of one side; the second one of a moment is compared with the first."""
-        outbox = self._primary.outbox
-        with outbox.changed:
-            replica, (moment, other) = self._primary.replicas.get(key), self._digests.pop(key, (0, b""))
-            if replica is None:
+        """Note the digest of one side; the second one of a moment is compared with the first.
+
+        One divergence is one, though digests of later moments are under way when it is found.
+        """
+        with self._primary.outbox.changed:
+            if (replica := self._primary.replicas.get(key)) is None:
                 return
+            if replica.synced is None or number <= replica.synced:
+                return  # it is of what the standby had before: it gets the session, or got it, whole since
+            moment, other = self._digests.pop(key, (0, b""))
             if number != moment:
                 self._digests[key] = max((number, digest), (moment, other))
                 return

@@ -153,6 +153,8 @@ def test_a_standby_that_diverges_is_found_and_gets_the_session_again(tmp_path: p
         follower = pair.standby.replication._follower
         assert follower is not None
         pair.upkeep.compare()
+        with follower._changed:
+            assert follower._changed.wait_for(lambda: not follower._queue, 30.0)  # it has told its digest
         session.info()  # a round trip to the standby, behind the digest
         assert pair.speaker.divergences == 0
         (held,) = follower._sessions.values()
@@ -170,6 +172,31 @@ def test_a_standby_that_diverges_is_found_and_gets_the_session_again(tmp_path: p
         assert pair.primary.replication.status().divergences == 1
         pair.standby.replication.promote()
         assert parameters_of(pair.standby).tobytes() == parameters_of(pair.primary).tobytes()
+
+
+def test_a_divergence_counts_once_though_later_digests_are_under_way(tmp_path: pathlib.Path) -> None:
+    with pair_in(tmp_path) as pair, stepwire.connect(pair.target, timeout=30.0) as client:
+        session = pair.create(client)
+        session.step(gradient(0))
+        (replica,) = pair.speaker.replicas.values()
+        synced, upkeep = replica.synced, pair.upkeep
+        assert synced is not None
+        with upkeep._looking:  # nobody brings the session meanwhile
+            upkeep.digested(replica.key, synced + 10, b"primary")
+            upkeep.digested(replica.key, synced + 11, b"primary")
+            upkeep.digested(replica.key, synced + 11, b"standby")
+            assert (pair.speaker.divergences, replica.synced) == (1, None)
+            for side in (b"primary", b"standby"):
+                upkeep.digested(replica.key, synced + 12, side)
+        assert pair.speaker.divergences == 1
+        pair.await_member(pair.standby)
+        brought = replica.synced
+        assert brought is not None
+        assert brought > synced
+        for number in (brought, brought + 1):
+            for side in (b"primary", b"standby"):
+                upkeep.digested(replica.key, number, side)
+        assert pair.speaker.divergences == 2, "of a digest behind the state alone"
 
 
 def test_a_standby_comes_while_a_session_is_stepped(tmp_path: pathlib.Path) -> None:
