@@ -212,9 +212,8 @@ def test_the_command_measures_prints_and_writes(bench, fake, tmp_path, monkeypat
     monkeypatch.setattr(bench.gpu, "__file__", str(tmp_path / "gpu.py"))
     monkeypatch.setattr(bench.gpu, "QUICK", bench.gpu_clock.Extent(**TINY))
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--quick"])
-    monkeypatch.setattr(
-        "gpu_sections.subprocess.run", lambda *_, **__: types.SimpleNamespace(returncode=1, stderr="no")
-    )
+    ran = types.SimpleNamespace(returncode=1, stderr="no")  # of the section's alone: the stand-in runs a compiler
+    monkeypatch.setattr("gpu_sections.subprocess", types.SimpleNamespace(run=lambda *_, **__: ran))
     monkeypatch.setattr(bench.gpu, "_driver", lambda: "580.0")
     with pytest.raises(SystemExit) as ended:
         bench.gpu.main()

@@ -51,7 +51,7 @@ _NUMBERS: Final = (0, 1, 2, 255, 256, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 
 _NAMES: Final = ("", "w", "../../etc/passwd", "/", "a" * 600, "\x00", "\u202e", "{}", "%s%n", "CON", "w\nlevel=error")
 _NEWER_STREAM: Final = "is held by a newer stream of this client"
 """The only answer that may be UNAVAILABLE: to a request with an attach token of before."""
-_PATIENCE_SECONDS: Final = 60.0
+_PATIENCE_SECONDS: Final = 120.0
 
 
 class Attacker:

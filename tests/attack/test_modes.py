@@ -174,7 +174,7 @@ def troubled(tmp_path: pathlib.Path, mode: Trouble) -> Iterator[Troubled]:
 def status(channel: grpc.Channel, method: str, token: str, request: Any) -> tuple[str, str]:
     """Return the code and the reason of a call that is refused."""
     metadata = [("authorization", f"Bearer {token}")] if token else []
-    call = channel.stream_stream(method)(iter([request.SerializeToString()]), timeout=30.0, metadata=metadata)
+    call = channel.stream_stream(method)(iter([request.SerializeToString()]), timeout=120.0, metadata=metadata)
     with pytest.raises(grpc.RpcError) as refused:
         list(call)
     return refused.value.code().name, str(error_from_call(refused.value).reason)
@@ -205,7 +205,7 @@ def test_trouble_opens_no_other_way_in(troubled: Troubled, mode: Trouble) -> Non
             attacker.attack()
         assert attacker.wrong == []
         assert attacker.statuses.keys() >= {"UNAUTHENTICATED", "PERMISSION_DENIED"}
-        health = channel.unary_unary(HEALTH)(b"", timeout=30.0)
+        health = channel.unary_unary(HEALTH)(b"", timeout=120.0)
         assert health_pb2.HealthCheckResponse.FromString(health).status > 0
     with pytest.raises(stepwire.StepwireError) as told:
         mode.shown(client, session)

@@ -37,7 +37,7 @@ def target() -> Iterator[str]:
 
 @pytest.fixture
 def client(target: str) -> Iterator[stepwire.Client]:
-    with stepwire.connect(target, timeout=30.0) as client:
+    with stepwire.connect(target, timeout=120.0) as client:
         yield client
 
 

@@ -81,7 +81,7 @@ def test_shards_and_asyncio_remember_and_tell_likewise(target: str) -> None:
 def test_a_logger_gets_the_scalars_of_each_step(client: stepwire.Client) -> None:
     told: list[tuple[int, dict[str, float]]] = []
     with client.create_session(START, logger=lambda *given: told.append(given), **SGD) as session:
-        session.step_async(gradient(1.0)).result(30.0)
+        session.step_async(gradient(1.0)).result(120.0)
     ((step, scalars),) = told
     result = session.history()[0].result
     seconds = {name: getattr(result, name) for name in ("receive_seconds", "queue_seconds", "apply_seconds")}

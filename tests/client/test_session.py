@@ -679,10 +679,10 @@ def test_a_call_within_on_tensor_is_refused_and_the_step_goes_on(target: str, ch
         refused.append(error.value)
 
     shapes = {"w": (400, 200), "b": (300, 200)}
-    with stepwire.connect(target, channels=channels, timeout=30.0) as client:
+    with stepwire.connect(target, channels=channels, timeout=120.0) as client:
         with client.create_session(draw(0, shapes=shapes), optimizer=stepwire.SGD(lr=1.0)) as session:
             assert len(session.shards) == channels
-            session.step_async(draw(1, shapes=shapes), on_tensor=call).result(30.0)
+            session.step_async(draw(1, shapes=shapes), on_tensor=call).result(120.0)
             assert len(refused) == 2 and steps <= {0, 1}
             assert session.info().applied_step == session.applied_step == 1
             session.step(draw(2, shapes=shapes))
@@ -696,7 +696,7 @@ def test_replies_have_the_order_of_the_gradients_and_pulls_that_of_the_creation(
     """Groups lie in another order in the flat space."""
     created = {name: np.full(3, index, np.float32) for index, name in enumerate("dbca")}
     groups = [{"params": ["d"], "lr": 0.5}, {"params": ["c"], "lr": 0.25}]
-    with stepwire.connect(target, channels=channels, timeout=30.0) as several:
+    with stepwire.connect(target, channels=channels, timeout=120.0) as several:
         session = several.create_session(created, groups=groups, missing_gradient="keep")
         for order in ("acbd", "dbca"):
             assert list(session.step({name: created[name] for name in order})) == list(order)
@@ -720,7 +720,7 @@ def test_shared_arrays_have_the_order_of_the_creation(client: stepwire.Client) -
 @pytest.mark.parametrize("channels", [1, 2])
 def test_the_progress_of_a_load_is_told(target: str, channels: int, caplog: pytest.LogCaptureFixture) -> None:
     told: list[tuple[int, int]] = []
-    with stepwire.connect(target, channels=channels, timeout=30.0) as client:
+    with stepwire.connect(target, channels=channels, timeout=120.0) as client:
         with client.create_session({"w": np.zeros(160_000, np.float32)}) as session:
             assert len(session.shards) == channels
             session.load_state(session.state(), progress=lambda *given: told.append(given))

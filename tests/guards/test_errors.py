@@ -130,7 +130,7 @@ def raiser() -> Iterator[grpc.Channel]:
 @pytest.mark.parametrize("reason", errors.Reason)
 def test_every_error_survives_a_real_call(raiser: grpc.Channel, reason: errors.Reason) -> None:
     with pytest.raises(grpc.RpcError) as failed:
-        raiser.unary_unary("/any/thing")(reason.encode(), timeout=30.0)
+        raiser.unary_unary("/any/thing")(reason.encode(), timeout=120.0)
     assert isinstance(failed.value, grpc.Call)
     error, row = error_from_call(failed.value), errors.ERROR_TABLE[reason]
     assert failed.value.code() is grpc.StatusCode[row.code]

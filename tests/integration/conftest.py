@@ -90,7 +90,7 @@ def connect_once(exits: contextlib.ExitStack) -> Opened:
 
 def _connected(target: str, retry: stepwire.Retry) -> stepwire.Client:
     transport = "uds" if target.startswith("unix:") else "tcp"
-    return stepwire.connect(target, transport=transport, timeout=30.0, retry=retry)
+    return stepwire.connect(target, transport=transport, timeout=120.0, retry=retry)
 
 
 @pytest.fixture

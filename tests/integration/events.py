@@ -7,7 +7,7 @@ from typing import Any, Final
 
 __all__ = ["PATIENCE_SECONDS", "Clock", "Happenings"]
 
-PATIENCE_SECONDS: Final = 30.0
+PATIENCE_SECONDS: Final = 120.0
 """Only bounds a test that would hang."""
 
 

@@ -79,14 +79,14 @@ def start(
         pool = DevicePool.of([engine], 24 << 20)
         server = exits.enter_context(Server(ServerConfig(bind="127.0.0.1:0", **settings | options), pool=pool))
         retry = stepwire.Retry(initial_seconds=0.001, max_seconds=0.01)
-        client = stepwire.connect(server.target, transport=transport, timeout=30.0, retry=retry)
+        client = stepwire.connect(server.target, transport=transport, timeout=120.0, retry=retry)
         return Shared(cupy, libcuda, server, exits.enter_context(client), idle_bytes)
 
     return started
 
 
 def plain(shared: Shared, exits: contextlib.ExitStack) -> stepwire.Client:
-    return exits.enter_context(stepwire.connect(shared.server.target, transport="tcp", timeout=30.0))
+    return exits.enter_context(stepwire.connect(shared.server.target, transport="tcp", timeout=120.0))
 
 
 @pytest.mark.slow

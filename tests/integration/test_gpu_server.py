@@ -314,7 +314,7 @@ def test_a_session_moves_between_processors_and_gpus(
     options: dict[str, Any] = {"optimizer": stepwire.Adam(lr=1e-2), "clip_grad_norm": 1.0}
     options |= {"state_precision": precision, "accumulation_steps": 2}
     places = [server.target, gpus.server.target]
-    with stepwire.connect(places, transport="tcp", timeout=30.0) as several:
+    with stepwire.connect(places, transport="tcp", timeout=120.0) as several:
         with client.create_session(drawn(0), **options) as whole, several.create_session(drawn(0), **options) as cut:
             for step in range(1, 8):
                 if step in (2, 4, 6):

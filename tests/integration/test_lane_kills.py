@@ -35,7 +35,7 @@ with Server(ServerConfig(bind="127.0.0.1:0", device="cpu", threads=1, sweep_seco
         print(">", steps_in_lanes(server), flush=True)
 """
 STEPS = 6
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 
 
 class LaneServer:

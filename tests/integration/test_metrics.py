@@ -146,7 +146,7 @@ def test_replication_is_told_by_both_servers(
     where: dict[str, Any] = {"metrics": "127.0.0.1:0", "directory": str(tmp_path), "shard": "a"}
     with numpy_server(**where, standby="required") as primary:
         with numpy_server(**where, standby_of=primary.target) as standby:
-            with stepwire.connect(f"directory:{tmp_path}", timeout=30.0) as client:
+            with stepwire.connect(f"directory:{tmp_path}", timeout=120.0) as client:
                 session = client.create_session(GRADIENT, durability="replicated")
                 for _ in range(3):
                     session.step(GRADIENT)

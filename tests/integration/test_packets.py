@@ -33,7 +33,7 @@ def servers() -> Iterator[dict[bool, Server]]:
 
 
 def opened(server: Server, transport: str = "packets", **options: Any) -> stepwire.Client:
-    return stepwire.connect(server.target, transport=transport, timeout=30.0, **{"retry": RETRY} | options)
+    return stepwire.connect(server.target, transport=transport, timeout=120.0, **{"retry": RETRY} | options)
 
 
 def trained(session: stepwire.Session, **options: Any) -> Any:
@@ -214,7 +214,7 @@ def test_a_second_phase_goes_over_the_lane_and_may_be_cut(
     for transport, left in (("tcp", -1), ("packets", -1), ("packets", 9), ("packets", 12)):
         cut.left = left
         with (
-            stepwire.connect(targets, transport=transport, timeout=30.0, retry=RETRY) as client,
+            stepwire.connect(targets, transport=transport, timeout=120.0, retry=RETRY) as client,
             SMALL.create(client, clip_grad_norm=0.5) as session,
         ):
             found.append([bits(session.step(SMALL.gradient(step))) for step in (1, 2, 3)])
@@ -259,8 +259,8 @@ def test_a_drain_answers_what_is_under_way_and_ends_all_lanes(until: Callable[..
                     until(lambda: server.statistics().drain.steps == 1)
                     drained = pool.submit(server.drain)
                     until(lambda: server.statistics().drain.started)
-                assert sorted(under_way.result(30.0)) == sorted(SMALL.shapes)
-                assert drained.result(30.0) is True
+                assert sorted(under_way.result(120.0)) == sorted(SMALL.shapes)
+                assert drained.result(120.0) is True
             for session in sessions[1:]:
                 with pytest.raises(UnavailableError) as refused:
                     session.step(SMALL.gradient(2))

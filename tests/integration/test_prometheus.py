@@ -26,7 +26,7 @@ from stepwire_server.server import Server
 pytestmark = pytest.mark.slow
 
 FOLDER = pathlib.Path(__file__).parents[2] / "docker" / "monitoring"
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 ABSENT = {"GPU memory", "GPU use"}  # this machine has none
 
 pytest.importorskip("prometheus_client", reason="prometheus-client is not installed")

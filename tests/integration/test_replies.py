@@ -111,7 +111,7 @@ def test_steps_in_the_background_are_the_steps_in_order(client: stepwire.Client)
     with WIDE.create(client) as one, WIDE.create(client) as other:
         futures = [one.step_async(WIDE.gradient(step), steps_in_flight=3) for step in range(1, 6)]
         for step, future in enumerate(futures, start=1):
-            assert bits(future.result(30)) == bits(other.step(WIDE.gradient(step)))
+            assert bits(future.result(120.0)) == bits(other.step(WIDE.gradient(step)))
         assert one.applied_step == 5
 
 
@@ -122,20 +122,20 @@ def test_what_waits_behind_a_failed_step_is_cancelled(server: Server, client: st
 
         def hold(name: str, values: Any) -> None:
             entered.set()
-            assert go_on.wait(30)
+            assert go_on.wait(120.0)
 
         first = session.step_async(WIDE.gradient(1), steps_in_flight=3, on_tensor=hold)
         failing = session.step_async(bad)
         behind = session.step_async(WIDE.gradient(3))
-        assert entered.wait(30)
+        assert entered.wait(120.0)
         go_on.set()
-        assert set(first.result(30)) == set(WIDE.shapes)
+        assert set(first.result(120.0)) == set(WIDE.shapes)
         with pytest.raises(stepwire.NonFiniteGradientError, match="'b'"):
-            failing.result(30)
+            failing.result(120.0)
         with pytest.raises(CancelledError):
-            behind.result(30)
+            behind.result(120.0)
         assert session.applied_step == 1
-        assert set(session.step_async(WIDE.gradient(2)).result(30)) == set(WIDE.shapes)
+        assert set(session.step_async(WIDE.gradient(2)).result(120.0)) == set(WIDE.shapes)
 
 
 def test_an_option_that_steps_do_not_have_is_refused_at_once(client: stepwire.Client) -> None:
@@ -148,10 +148,10 @@ def test_an_option_that_steps_do_not_have_is_refused_at_once(client: stepwire.Cl
 
 def test_a_closed_session_says_so_in_the_future_too(client: stepwire.Client) -> None:
     session = WIDE.create(client)
-    session.step_async(WIDE.gradient(1)).result(30)
+    session.step_async(WIDE.gradient(1)).result(120.0)
     session.close()
     with pytest.raises(stepwire.SessionNotFoundError):
-        session.step_async(WIDE.gradient(2)).result(30)
+        session.step_async(WIDE.gradient(2)).result(120.0)
     session.close()
 
 

@@ -78,7 +78,7 @@ class Program:
             options["aggregation"] = stepwire.Aggregation(workers=2, mode=self.mode)
             options["request_id"] = uuid.uuid4().hex
         self.clients = [
-            stack.enter_context(stepwire.connect(chosen, timeout=30.0)) for _ in range(1 if self.mode is None else 2)
+            stack.enter_context(stepwire.connect(chosen, timeout=120.0)) for _ in range(1 if self.mode is None else 2)
         ]
         self.sessions = [each.create_session(start, worker=at, **options) for at, each in enumerate(self.clients)]
 

@@ -25,7 +25,7 @@ from tests.support.raw_handoff import held_by_process
 
 pytestmark = pytest.mark.many
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def share(exits: Any) -> Callable[[str], stepwire.Client]:
 
     def opened(target: str) -> stepwire.Client:
         retry = stepwire.Retry(initial_seconds=0.001, max_seconds=0.01)
-        client = stepwire.connect(target, transport="shm", timeout=30.0, retry=retry)
+        client = stepwire.connect(target, transport="shm", timeout=120.0, retry=retry)
         return exits.enter_context(client)
 
     return opened

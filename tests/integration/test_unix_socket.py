@@ -30,7 +30,7 @@ import json, os, sys
 import numpy as np, stepwire
 
 def use():
-    with stepwire.connect(sys.argv[1], timeout=30.0) as client:
+    with stepwire.connect(sys.argv[1], timeout=120.0) as client:
         with client.create_session({"w": np.ones(1, np.float32)}, optimizer=stepwire.SGD(lr=0.5)) as session:
             value = session.step({"w": np.ones(1, np.float32)})["w"].tolist()
             return session.transport.name, session.transport.reasons.get("uds"), value

@@ -24,7 +24,7 @@ from tests.support.lane_wire import LaneWire
 
 pytest.register_assert_rewrite("tests.server.model.runner")
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 CHUNK_BYTES = 64 << 10
 BUDGET_BYTES = 256 * MIB
 SLOTS = ("param", "exp_avg", "exp_avg_sq")

@@ -8,7 +8,7 @@ from typing import Any
 
 __all__ = ["Interleaving", "Turnstile", "every_interleaving"]
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 
 
 class Interleaving:

@@ -31,7 +31,7 @@ from stepwire.connection import errands, retry
 
 __all__ = ["Arrival", "Departure", "require_traces", "signalled"]
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 _CTRL_C: Any = object()
 _STEPWIRE = str(pathlib.Path(stepwire.__file__).parent)
 _LOCKED = {errands.__file__, retry.__file__}

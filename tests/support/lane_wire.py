@@ -6,7 +6,8 @@ A step of one message is a datagram, and every other message is announced there 
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from stepwire.v1 import optimizer_service_pb2 as pb
@@ -16,9 +17,10 @@ from stepwire_server.engines.cpu.engine import CpuEngine
 from stepwire_server.server import Server
 from tests.support.raw_handoff import Handed, fetch
 
-__all__ = ["LaneWire", "steps_in_lanes", "wait_for_loops"]
+__all__ = ["LaneWire", "steps_in_lanes", "until_granted", "wait_for_loops"]
 
-_PATIENCE_SECONDS = 60.0
+_PATIENCE_SECONDS = 120.0
+_LOOK_SECONDS = 0.1
 
 
 def wait_for_loops(server: Server) -> None:
@@ -26,6 +28,21 @@ def wait_for_loops(server: Server) -> None:
     for device in server.registry.pool:
         if isinstance(device.engine, CpuEngine) and device.engine.lanes is not None:
             device.engine.lanes.settle()
+
+
+def until_granted(server: Server, lanes: int, replay: Callable[[], object]) -> None:
+    """Replay a lane's last step until so many lanes have grants; a replay counts as a step like the next one.
+
+    A lane is granted, or has its loop compiled, behind its reply, so that nobody is told when it has looked.
+    """
+    end = time.monotonic() + _PATIENCE_SECONDS
+    while server.lanes.statistics().granted < lanes:
+        assert time.monotonic() < end, "no lane was granted"
+        replay()
+        wait_for_loops(server)
+        looked = time.monotonic() + _LOOK_SECONDS
+        while server.lanes.statistics().granted < lanes and time.monotonic() < looked:
+            pass
 
 
 def steps_in_lanes(server: Server) -> int:
@@ -187,7 +204,7 @@ class LaneStream:
         return message.SerializeToString()
 
     def _have_granted(self, server: Server, lane: socket.socket, applied: int) -> None:
-        """Replay the last step until the next ones are granted: a replay counts as a step like the next one."""
+        """Replay the last step until the next ones are granted."""
         size = self._wire.get(self._session_id).layout.size
         message = pb.AttachRequest(
             begin=step_pb2.StepBegin(step=applied),
@@ -195,12 +212,15 @@ class LaneStream:
             commit=step_pb2.StepCommit(),
             payload=bytes(4 * size),
         ).SerializeToString()
-        for _ in range(3):
+
+        def replay() -> None:
             lane.send(message)
             assert pb.AttachResponse.FromString(lane.recv(1 << 18)).result.replayed
+
+        for _ in range(3):
+            replay()
             wait_for_loops(server)
-        while not server.lanes.statistics().granted:
-            pass
+        until_granted(server, 1, replay)
         self._wire.grants += 1
 
     def _send(self, lane: socket.socket | None, message: Any) -> None:

@@ -17,7 +17,7 @@ from stepwire.v1 import transport_pb2
 
 __all__ = ["Fetched", "Handed", "fetch", "held_by_process"]
 
-_PATIENCE_SECONDS = 30.0
+_PATIENCE_SECONDS = 120.0
 
 
 class Handed:

@@ -124,8 +124,8 @@ class Move:
         """
         frozen: list[pb.FreezeSessionResponse] = []
 
-        def attempt(left: Deadline) -> None:
-            frozen[:] = self._freeze(left)
+        def attempt(_: Deadline) -> None:
+            frozen[:] = self._freeze(deadline)  # a slow answer is an answer: attempts are over in time, not calls
             self._rest = Rest.of(frozen)
             self._rest.check_reached(frozen)
 

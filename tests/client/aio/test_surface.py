@@ -18,7 +18,7 @@ from stepwire.errors import InvalidRequestError, SessionNotFoundError, Unavailab
 from tests.support.lost_replies import lost_replies
 
 WEIGHTS = {"layers": [{"w": np.zeros((3, 2), np.float32)}, {"w": np.ones(2, np.float32)}]}
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 
 
 def gradients(seed: int) -> Any:
@@ -34,7 +34,7 @@ def running(body: Callable[[stepwire.aio.AsyncClient], Coroutine[Any, Any, Any]]
     """Run a test in a loop of its own; no task and no thread is left after the client."""
 
     async def run() -> Any:
-        async with stepwire.aio.connect(target, timeout=30.0) as client:
+        async with stepwire.aio.connect(target, timeout=120.0) as client:
             answer = await asyncio.wait_for(body(client), PATIENCE_SECONDS)
         assert asyncio.all_tasks() == {asyncio.current_task()}
         assert [thread.name for thread in threading.enumerate() if thread.name.startswith("stepwire-aio")] == []

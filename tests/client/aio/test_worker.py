@@ -13,7 +13,7 @@ import pytest
 from stepwire.aio.worker import Worker
 from stepwire.errors import UnavailableError
 
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
 
 
 class Call:

@@ -170,7 +170,7 @@ def test_a_session_checks_arrays_that_changed_in_place() -> None:
 
 def test_a_step_in_place_says_nothing_of_other_arrays() -> None:
     """A reply over the gradient is refused also where a step in between had a reply that shares no memory with it."""
-    with serving(device="cpu") as target, stepwire.connect(target, timeout=30.0) as client:
+    with serving(device="cpu") as target, stepwire.connect(target, timeout=120.0) as client:
         start = {"w": np.ones((2, 3), np.float32), "b": np.ones(2, np.float32)}
         with client.create_session(start, optimizer=stepwire.SGD(lr=1.0)) as session:
             both = {name: np.zeros_like(array) for name, array in start.items()}

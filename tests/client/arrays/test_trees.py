@@ -140,7 +140,7 @@ def shape_of(tree: Any) -> Any:
 
 @pytest.fixture(params=[1, 2], ids=["one server", "two shards"])
 def anyone(target: str, request: pytest.FixtureRequest) -> Iterator[stepwire.Client]:
-    with stepwire.connect(target, channels=request.param, timeout=30.0) as client:
+    with stepwire.connect(target, channels=request.param, timeout=120.0) as client:
         yield client
 
 
@@ -242,5 +242,5 @@ def test_a_session_found_by_its_id_is_flat_unless_it_is_told(anyone: stepwire.Cl
 
 def test_steps_in_the_background_accept_trees(client: stepwire.Client) -> None:
     with client.create_session(nested(0)) as session, client.create_session(flat(0)) as other:
-        reply = session.step_async(nested(1)).result(timeout=30.0)
+        reply = session.step_async(nested(1)).result(timeout=120.0)
         assert (shape_of(reply), bits(reply)) == (BRANCHES, bits(other.step(flat(1))))

@@ -9,7 +9,7 @@ import pytest
 from stepwire.connection.bells import Bells
 from tests.support.interrupts import Arrival
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 
 
 def test_a_condition_that_holds_is_not_waited_for() -> None:

@@ -19,7 +19,7 @@ from stepwire.lifetimes.forks import forks
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.wire.error_details import status_of
 
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
 INFO = pb.GetServerInfoResponse(version="1.2.3", sessions=4)
 
 

@@ -15,7 +15,7 @@ from stepwire.connection.calls import ThreadedCall, open_call
 from stepwire.connection.channel import Calls
 from stepwire.connection.direct_call import DirectCall
 
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
 
 
 def echoing(messages: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:

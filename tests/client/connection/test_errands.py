@@ -22,7 +22,7 @@ from stepwire.connection.own_threads import MOST_IDLE, OwnThreads
 from stepwire.connection.retry import Deadline, Retry
 from tests.support.interrupts import Arrival, require_traces, signalled
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 
 
 class Gate:

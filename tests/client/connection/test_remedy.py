@@ -66,7 +66,7 @@ def test_no_proxy_is_asked_for_an_address_of_this_host(target: str, monkeypatch:
     with proxy() as (address, requests):
         for name in PROXIES:
             monkeypatch.setenv(name, address)
-        with stepwire.connect(f"{host}:{port}", timeout=30.0) as client:
+        with stepwire.connect(f"{host}:{port}", timeout=120.0) as client:
             assert client.info().sessions >= 0
         assert requests == []
         with (

@@ -6,7 +6,7 @@ import threading
 
 from stepwire.connection.series import Series
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 
 
 def test_calls_are_made_in_order_and_one_at_a_time() -> None:

@@ -18,7 +18,7 @@ from stepwire.v1 import attach_pb2, step_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.wire.error_details import status_of
 
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
 OPENED = pb.AttachResponse(opened=attach_pb2.AttachOpened(attach_token=3, epoch=1, applied_step=8)).SerializeToString()
 
 

@@ -10,7 +10,7 @@ import pytest
 from stepwire.connection.watchdog import Watchdog
 
 LONG_SECONDS = 3600.0
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
 
 
 class Kennel:

@@ -22,7 +22,7 @@ from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.wire.dtypes import FLOAT32
 from tests.support.attach_scripts import Server, answer, lose_the_answer, opened, serve_steps
 
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
 OPENING = attach_pb2.AttachOpen(session_id="s", attach_token=7, epoch=1, transport=transport_pb2.TRANSPORT_GRPC)
 PACKER = Packer(place([TensorSpec("w", (5,))], 1))
 

@@ -52,7 +52,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture(scope="module")
 def server(target: str) -> Iterator[stepwire.Client]:
-    with stepwire.connect(target, timeout=30.0) as client:
+    with stepwire.connect(target, timeout=120.0) as client:
         yield client
 
 

@@ -65,7 +65,7 @@ def test_a_program_goes_on_from_its_arrays_on_another_server(client: stepwire.Cl
     params, state = trained(tx, draw(0), tx.init(draw(0)), range(1, 5))
     saved, arrays = params, WAYS[way](tx.to_arrays(state))
     want, _ = trained(tx, params, state, range(5, 9))
-    with stepwire_server.testing.serving(threads=1) as other, stepwire.connect(other, timeout=30.0) as second:
+    with stepwire_server.testing.serving(threads=1) as other, stepwire.connect(other, timeout=120.0) as second:
         again = stepwire.optax.adamw(**options, server=second)
         restored = again.from_arrays(arrays, saved)
         assert int(restored.count) == 4

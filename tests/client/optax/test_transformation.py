@@ -67,7 +67,7 @@ def assert_close(got: Any, want: Any, steps: int, lr: float = 0.01) -> None:
 @pytest.fixture
 def used(target: str) -> Iterator[dict[str, Any]]:
     """Options for a transformation, whose sessions end with the client."""
-    with stepwire.connect(target, timeout=30.0) as client:
+    with stepwire.connect(target, timeout=120.0) as client:
         yield {"server": client}
 
 

@@ -14,7 +14,7 @@ LARGE = {"w": np.ones((3, 70_000), np.float32), "b": np.ones(4, np.float32)}
 
 @pytest.fixture
 def many(target: str):
-    with stepwire.connect(target, channels=2, timeout=30.0) as client:
+    with stepwire.connect(target, channels=2, timeout=120.0) as client:
         yield client
 
 

@@ -21,7 +21,7 @@ def raiser(failure: BaseException):
 def test_calls_run_side_by_side_and_return_in_order() -> None:
     together = threading.Barrier(3)
     for _ in range(2):
-        assert fan_out([lambda rank=rank: (together.wait(30.0), rank)[1] for rank in range(3)]) == [0, 1, 2]
+        assert fan_out([lambda rank=rank: (together.wait(120.0), rank)[1] for rank in range(3)]) == [0, 1, 2]
     assert fan_out([]) == []
 
 
@@ -51,7 +51,7 @@ def test_who_waits_for_a_failed_one_is_let_go() -> None:
     given_up = threading.Event()
 
     def waits() -> None:
-        assert given_up.wait(30.0)
+        assert given_up.wait(120.0)
 
     with pytest.raises(KeyError):
         fan_out([waits, raiser(KeyError("x"))], given_up.set)

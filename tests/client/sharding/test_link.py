@@ -33,7 +33,7 @@ Create = Callable[[], stepwire.Session]
 @pytest.fixture(params=OPTIONS)
 def create(target: str, request: pytest.FixtureRequest) -> Iterator[Create]:
     """Make sessions of two shards, of SGD with rate 1: the parameters are minus the sum of the gradients."""
-    with stepwire.connect(target, channels=2, timeout=30.0) as client:
+    with stepwire.connect(target, channels=2, timeout=120.0) as client:
         made = []
 
         def created() -> stepwire.Session:
@@ -147,7 +147,7 @@ def test_a_client_that_attached_to_uneven_shards_is_told_by_a_pull_at_once(
     session.detach()
     now = [0.0]  # a clock that the waits between repetitions move, and nothing else
     retry = stepwire.Retry(clock=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
-    with stepwire.connect(target, channels=2, timeout=30.0, retry=retry) as client:
+    with stepwire.connect(target, channels=2, timeout=120.0, retry=retry) as client:
         found = client.session(session.session_id)
         with pytest.raises(StepMismatchError, match=r"were read \d+ times and were at different steps"):
             found.pull()
@@ -169,18 +169,18 @@ def test_a_pull_beside_a_step_waits_for_the_step(create: Create, monkeypatch: py
         adopt_thread()  # so that it is the step's thread too
         with lock:
             locked.set()
-            assert released.wait(30.0)
+            assert released.wait(120.0)
             session.step(ONES)
             done.set()
 
     done = threading.Event()
     stepping = threading.Thread(target=hold)
     stepping.start()
-    assert locked.wait(30.0)
+    assert locked.wait(120.0)
 
     def release(seconds: float) -> None:
         released.set()
-        assert done.wait(30.0)
+        assert done.wait(120.0)
 
     retry = stepwire.Retry(sleep=release)
     monkeypatch.setattr(session.shards[0]._link._route.calls, "retry", retry)  # type: ignore[attr-defined]
@@ -364,7 +364,7 @@ def test_loads_that_fail_again_and_again_are_levelled_by_one_that_does_not(creat
 def test_another_client_is_told_of_two_loads_too_and_levels_them(target: str, create: Create) -> None:
     session = create()
     half_load(session, 100.0)
-    with stepwire.connect(target, channels=2, timeout=30.0) as client:
+    with stepwire.connect(target, channels=2, timeout=120.0) as client:
         found = client.session(session.session_id)
         with pytest.raises(StepMismatchError, match="Load again"):
             found.step(ONES)
@@ -389,7 +389,7 @@ def test_a_commit_that_waits_in_a_busy_server_wedges_no_later_step(
         if step.request.step != 2 or not busy.acquire(blocking=False):
             return commit(self, step, *arguments)
         waiting.put(self.ledger.session_id)
-        assert released.wait(30.0)
+        assert released.wait(120.0)
         try:
             return commit(self, step, *arguments)
         except StepwireError as refusal:
@@ -398,18 +398,18 @@ def test_a_commit_that_waits_in_a_busy_server_wedges_no_later_step(
         finally:
             over.set()
 
-    with stepwire.connect(target, channels=2, timeout=30.0, transport="tcp") as client:
+    with stepwire.connect(target, channels=2, timeout=120.0, transport="tcp") as client:
         session = client.create_session(START, optimizer=stepwire.SGD(lr=1.0), clip_grad_norm=1e9)
         session.step(ONES)
         monkeypatch.setattr(ServerSession, "commit", commit_late)
         step = session.step_async(ONES)
-        shard = session.shards[session.session_id.split(",").index(waiting.get(timeout=30.0))]
+        shard = session.shards[session.session_id.split(",").index(waiting.get(timeout=120.0))]
         link: Any = shard._link
         monkeypatch.setattr(link.hold._stream, "_translated", lambda *_: UnavailableError("the connection broke"))
         link.hold._stream._call.cancel()
-        assert values(step.result(30.0)) == {-2.0}
+        assert values(step.result(120.0)) == {-2.0}
         released.set()
-        assert over.wait(30.0)
+        assert over.wait(120.0)
         assert [refusal.reason for refusal in refusals] == [Reason.STREAM_DISPLACED]
         assert values(session.step(ONES)) == {-3.0}
         assert counts(session) == [3, 3]

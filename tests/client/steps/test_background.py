@@ -43,14 +43,14 @@ def test_steps_are_taken_in_order() -> None:
     queue, seen = BackgroundSteps(2), list[int]()
     futures = [queue.submit(lambda index=index: seen.append(index)) for index in range(20)]
     for future in futures:
-        future.result(30)
+        future.result(120.0)
     assert seen == list(range(20))
     queue.close()
 
 
 def test_one_too_many_waits_for_room(gate: threading.Event) -> None:
     queue, handed_in = BackgroundSteps(2), threading.Event()
-    first = queue.submit(lambda: gate.wait(30))
+    first = queue.submit(lambda: gate.wait(120.0))
     second = queue.submit(lambda: "second")
     third: list[Any] = []
 
@@ -62,9 +62,9 @@ def test_one_too_many_waits_for_room(gate: threading.Event) -> None:
     thread.start()
     assert not handed_in.is_set()
     gate.set()
-    assert handed_in.wait(30)
+    assert handed_in.wait(120.0)
     thread.join()
-    assert (first.result(30), second.result(30), third[0].result(30)) == (True, "second", "third")
+    assert (first.result(120.0), second.result(120.0), third[0].result(120.0)) == (True, "second", "third")
     queue.close()
 
 
@@ -72,16 +72,16 @@ def test_a_failure_cancels_what_waits_and_nothing_later(gate: threading.Event) -
     queue = BackgroundSteps(3)
 
     def fail() -> None:
-        gate.wait(30)
+        gate.wait(120.0)
         raise ValueError("broken")
 
     failing, behind = queue.submit(fail), queue.submit(lambda: 2)
     gate.set()
     with pytest.raises(ValueError, match="broken"):
-        failing.result(30)
+        failing.result(120.0)
     with pytest.raises(CancelledError):
-        behind.result(30)
-    assert queue.submit(lambda: 3).result(30) == 3
+        behind.result(120.0)
+    assert queue.submit(lambda: 3).result(120.0) == 3
     queue.close()
 
 
@@ -90,14 +90,14 @@ def test_closing_cancels_what_waits_and_lets_the_step_under_way_end(gate: thread
 
     def step() -> str:
         begun.set()
-        gate.wait(30)
+        gate.wait(120.0)
         return "done"
 
     under_way, behind = queue.submit(step), queue.submit(lambda: None)
-    assert begun.wait(30)
+    assert begun.wait(120.0)
     queue.close()
     gate.set()
-    assert under_way.result(30) == "done"
+    assert under_way.result(120.0) == "done"
     assert behind.cancelled()
     queue.close()
 
@@ -108,18 +108,18 @@ def test_a_step_that_waits_for_a_vacancy_is_behind_the_step_that_fails(gate: thr
     waits = Waiting(queue)
 
     def fail() -> None:
-        waits.waited.wait(30)
+        waits.waited.wait(120.0)
         raise ValueError("broken")
 
     failing, behind = queue.submit(fail), queue.submit(lambda: applied.append("second"))
     thread = threading.Thread(target=lambda: waits.futures.append(queue.submit(lambda: applied.append("third"))))
     thread.start()
-    thread.join(30)
+    thread.join(120.0)
     for future in (behind, *waits.futures):
         with pytest.raises(CancelledError):
-            future.result(30)
+            future.result(120.0)
     with pytest.raises(ValueError, match="broken"):
-        failing.result(30)
+        failing.result(120.0)
     assert (len(waits.futures), applied, queue.statistics().failed) == (1, [], 1)
     queue.close()
 
@@ -132,12 +132,12 @@ def test_a_step_is_behind_a_failure_until_its_caller_has_read_it() -> None:
 
     failing = queue.submit(fail)
     failing.add_done_callback(lambda future: over.set())
-    assert over.wait(30)
+    assert over.wait(120.0)
     unaware = [queue.submit(lambda: 1) for _ in range(3)]
     assert wait([failing, *unaware], 30).not_done == set()
     assert all(future.cancelled() for future in unaware)
     assert isinstance(failing.exception(30), ValueError)
-    assert queue.submit(lambda: 2).result(30) == 2
+    assert queue.submit(lambda: 2).result(120.0) == 2
     queue.close()
 
 
@@ -145,7 +145,7 @@ def test_a_cancelled_step_tells_of_the_failure_too(gate: threading.Event) -> Non
     queue = BackgroundSteps(2)
 
     def fail() -> None:
-        gate.wait(30)
+        gate.wait(120.0)
         raise ValueError("broken")
 
     queue.submit(fail)
@@ -153,7 +153,7 @@ def test_a_cancelled_step_tells_of_the_failure_too(gate: threading.Event) -> Non
     gate.set()
     with pytest.raises(CancelledError):
         behind.exception(30)
-    assert queue.submit(lambda: 2).result(30) == 2
+    assert queue.submit(lambda: 2).result(120.0) == 2
     queue.close()
 
 
@@ -161,7 +161,7 @@ def test_waiting_in_vain_for_a_step_reads_nothing(gate: threading.Event) -> None
     queue, over = BackgroundSteps(1), threading.Event()
 
     def fail() -> None:
-        gate.wait(30)
+        gate.wait(120.0)
         raise ValueError("broken")
 
     failing = queue.submit(fail)
@@ -169,7 +169,7 @@ def test_waiting_in_vain_for_a_step_reads_nothing(gate: threading.Event) -> None
     with pytest.raises(TimeoutError):
         failing.exception(0.0)
     gate.set()
-    assert over.wait(30)
+    assert over.wait(120.0)
     assert queue.submit(lambda: 1).cancelled()
     queue.close()
 
@@ -177,16 +177,16 @@ def test_waiting_in_vain_for_a_step_reads_nothing(gate: threading.Event) -> None
 def test_closing_cancels_a_step_that_waits_for_a_vacancy(gate: threading.Event) -> None:
     queue = BackgroundSteps(1)
     waits = Waiting(queue)
-    under_way = queue.submit(lambda: gate.wait(30))
+    under_way = queue.submit(lambda: gate.wait(120.0))
     thread = threading.Thread(target=lambda: waits.futures.append(queue.submit(lambda: None)))
     thread.start()
-    assert waits.waited.wait(30)
+    assert waits.waited.wait(120.0)
     queue.close()
-    thread.join(30)
+    thread.join(120.0)
     assert waits.futures[0].cancelled()
     assert queue.submit(lambda: None).cancelled()
     gate.set()
-    assert under_way.result(30)
+    assert under_way.result(120.0)
 
 
 @pytest.mark.parametrize("limit", [0, -1, 1.5, True, "2", None])

@@ -15,7 +15,7 @@ from stepwire.layout import TensorSpec, place
 from stepwire.steps.gradient_feed import GivenUp, GradientFeed
 
 NAMES = ("a", "b", "c")
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def test_a_server_that_went_away(exits: contextlib.ExitStack) -> None:
     params = parameters()
     with contextlib.ExitStack() as running:
         target = running.enter_context(serving(threads=1))
-        client = exits.enter_context(stepwire.connect(target, timeout=30.0))
+        client = exits.enter_context(stepwire.connect(target, timeout=120.0))
         optimizer = stepwire.torch.SGD(params, server=client, timeout=0.2)  # of its steps; the client's is of all else
     before = [parameter.detach().clone() for parameter in params]
     for parameter in params:

@@ -28,7 +28,7 @@ def server() -> Iterator[str]:
 
 @pytest.fixture
 def client(server: str) -> Iterator[stepwire.Client]:
-    with stepwire.connect(server, timeout=30.0, transport="auto") as client:
+    with stepwire.connect(server, timeout=120.0, transport="auto") as client:
         yield client
 
 

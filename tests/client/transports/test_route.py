@@ -263,7 +263,7 @@ def test_equal_reasons_are_told_once() -> None:
 
 
 def test_a_session_finds_the_socket_of_a_real_server(target: str) -> None:
-    with stepwire.connect(target, timeout=30.0) as client, client.create_session(ONE) as session:
+    with stepwire.connect(target, timeout=120.0) as client, client.create_session(ONE) as session:
         assert session.transport is None
         session.attach(transport="uds")
         assert session.transport is not None
@@ -316,7 +316,7 @@ def test_an_explicit_transport_fails_where_the_session_is_made() -> None:
 def test_a_server_that_starts_anew_tells_a_client_of_its_socket_that_the_session_is_gone() -> None:
     """Its private socket is gone with it; over the port the client learns the truth."""
     with stepwire_server.testing.serving() as target:
-        client = stepwire.connect(target, timeout=30.0, retry=Retry(initial_seconds=0.001, max_seconds=0.01))
+        client = stepwire.connect(target, timeout=120.0, retry=Retry(initial_seconds=0.001, max_seconds=0.01))
         session = client.create_session(ONE)
         session.attach(transport="uds")
         session.attach(transport="auto")

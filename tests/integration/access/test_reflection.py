@@ -29,7 +29,7 @@ def asked(target: str, requests: Sequence[Any], token: str = "") -> list[Any]:
             response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
         )
         metadata = [("authorization", f"Bearer {token}")] if token else []
-        return list(call(iter(requests), metadata=metadata, timeout=30.0))
+        return list(call(iter(requests), metadata=metadata, timeout=120.0))
 
 
 def test_a_server_tells_its_contract_if_it_is_allowed_to() -> None:

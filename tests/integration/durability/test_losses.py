@@ -96,7 +96,7 @@ def connect(restarting: Restarting) -> Iterator[Connect]:
     retry = stepwire.Retry(initial_seconds=0.001, max_seconds=0.01)
     with contextlib.ExitStack() as stack:
         yield lambda **options: stack.enter_context(
-            stepwire.connect(restarting.target, timeout=30.0, retry=retry, **options)
+            stepwire.connect(restarting.target, timeout=120.0, retry=retry, **options)
         )
 
 

@@ -88,7 +88,7 @@ def checkpointed(server: Server, session: stepwire.Session) -> None:
 
 
 def connect(server: Server, **options: Any) -> stepwire.Client:
-    return stepwire.connect(server.target, transport="tcp", timeout=30.0, **options)
+    return stepwire.connect(server.target, transport="tcp", timeout=120.0, **options)
 
 
 @pytest.mark.parametrize("level", ["journal", "checkpoint"])
@@ -370,7 +370,7 @@ def test_a_client_that_lives_on_loses_no_step_with_the_machine_where_it_has_a_wi
         old = stack.enter_context(machines[0].server())
         proxy = stack.enter_context(Proxy(old.target))
         client = stack.enter_context(
-            stepwire.connect(proxy.target, transport="tcp", timeout=30.0, retry=retry, window_bytes=1 << 20)
+            stepwire.connect(proxy.target, transport="tcp", timeout=120.0, retry=retry, window_bytes=1 << 20)
         )
         session = created(client, durability=level)
         assert steps(session, 1, 2) == expected[:2]
@@ -396,7 +396,7 @@ def test_a_client_goes_on_with_a_directory_that_gets_a_store(machines: list[Mach
     with contextlib.ExitStack() as stack:
         old = stack.enter_context(numpy_server(data_dir=str(machines[0].folder)))
         proxy = stack.enter_context(Proxy(old.target))
-        client = stack.enter_context(stepwire.connect(proxy.target, transport="tcp", timeout=30.0, retry=retry))
+        client = stack.enter_context(stepwire.connect(proxy.target, transport="tcp", timeout=120.0, retry=retry))
         session = created(client, durability="checkpoint")
         steps(session, 1, 2)
         checkpointed(old, session)

@@ -41,7 +41,7 @@ def durable(folder: pathlib.Path) -> Iterator[Server]:
 
 @pytest.fixture
 def client(durable: Server) -> Iterator[stepwire.Client]:
-    with stepwire.connect(durable.target, transport="tcp", timeout=30.0) as client:
+    with stepwire.connect(durable.target, transport="tcp", timeout=120.0) as client:
         yield client
 
 

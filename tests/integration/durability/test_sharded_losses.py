@@ -33,7 +33,7 @@ class Shards:
         window_bytes = options.pop("window_bytes", 0)
         retry = stepwire.Retry(initial_seconds=0.001, max_seconds=0.01)
         targets = [self.first.target, self.second.target]
-        client = stepwire.connect(targets, timeout=30.0, retry=retry, transport="tcp", window_bytes=window_bytes)
+        client = stepwire.connect(targets, timeout=120.0, retry=retry, transport="tcp", window_bytes=window_bytes)
         self._stack.enter_context(client)
         return client.create_session(parameters(), durability="checkpoint", keep=True, **options)
 

@@ -86,7 +86,7 @@ def client(request: pytest.FixtureRequest, servers: list[Server]) -> Iterator[st
     transport, count = request.param
     retry = stepwire.Retry(initial_seconds=0.001, max_seconds=0.01)
     targets = [server.target for server in servers[:count]]
-    with stepwire.connect(targets, transport=transport, timeout=30.0, retry=retry) as client:
+    with stepwire.connect(targets, transport=transport, timeout=120.0, retry=retry) as client:
         yield client
 
 

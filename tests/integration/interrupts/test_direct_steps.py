@@ -43,7 +43,7 @@ def server(request: pytest.FixtureRequest) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def client(server: Server) -> Iterator[stepwire.Client]:
     retry = stepwire.Retry(initial_seconds=0.001, max_seconds=0.01)
-    with stepwire.connect(server.target, transport="packets", timeout=30.0, retry=retry) as client:
+    with stepwire.connect(server.target, transport="packets", timeout=120.0, retry=retry) as client:
         yield client
 
 

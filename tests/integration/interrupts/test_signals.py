@@ -23,7 +23,7 @@ from tests.integration.proxy import Proxy
 from tests.support.interrupts import signalled
 from tests.support.numpy_server import numpy_pool
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 ZEROS = {"w": np.zeros(3, np.float32)}
 ONES = {"w": np.ones(3, np.float32)}
 EXCEPTIONS = {

@@ -77,7 +77,7 @@ def opened(request: pytest.FixtureRequest, servers: list[Server]) -> Iterator[Ca
     targets = [server.target for server in (servers[: kind.servers] if kind.memory else servers[-1:])]
     size = SIZE if kind.memory else SMALL
     retry = stepwire.Retry(initial_seconds=0.001, max_seconds=0.01)
-    with stepwire.connect(targets, transport=kind.transport, timeout=30.0, retry=retry) as client:
+    with stepwire.connect(targets, transport=kind.transport, timeout=120.0, retry=retry) as client:
 
         def start() -> stepwire.Session:
             names = ("a", "b")

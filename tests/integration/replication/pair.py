@@ -20,7 +20,7 @@ from tests.support.numpy_server import numpy_server
 ELEMENTS: Final = 20_000  # a gradient is a chunk of its own and a commit
 START: Final = {"w": np.linspace(-1.0, 1.0, ELEMENTS, dtype=np.float32)}
 SHARD: Final = "a"
-_PATIENCE_SECONDS: Final = 30.0
+_PATIENCE_SECONDS: Final = 120.0
 
 
 def gradient(step: int) -> dict[str, Any]:

@@ -44,7 +44,7 @@ def is_alike(pair: Pair) -> bool:
 
 
 def test_tables_and_loads_are_followed(tmp_path: pathlib.Path) -> None:
-    with pair_in(tmp_path) as pair, stepwire.connect(pair.target, timeout=30.0) as client:
+    with pair_in(tmp_path) as pair, stepwire.connect(pair.target, timeout=120.0) as client:
         session = client.create_session(
             PARAMETERS, tables=TABLES, optimizer=stepwire.Adam(lr=0.1), durability="replicated"
         )
@@ -107,7 +107,7 @@ def test_a_standby_shows_a_token_and_others_may_not_follow_or_promote(tmp_path: 
         with numpy_server(standby_of=primary.target, standby_token=str(tmp_path / "standby"), **settings) as standby:
             speaker = primary.replication.following()[0]
             with speaker.outbox.changed:
-                assert speaker.outbox.changed.wait_for(lambda: speaker.is_member, 30.0)
+                assert speaker.outbox.changed.wait_for(lambda: speaker.is_member, 120.0)
             for name in ("trainer", "standby", "tenant"):
                 with pytest.raises(grpc.RpcError) as refused:
                     asked(standby, "Promote", pb.PromoteRequest(), tokens[name])

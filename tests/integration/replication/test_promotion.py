@@ -34,7 +34,7 @@ def test_a_primary_that_is_killed_at_any_record_loses_and_doubles_no_step(
     tmp_path: pathlib.Path, at: int, admitted: bool
 ) -> None:
     """Records from the second step on: a chunk and a commit for each."""
-    with pair_in(tmp_path) as pair, stepwire.connect(pair.target, timeout=30.0) as client:
+    with pair_in(tmp_path) as pair, stepwire.connect(pair.target, timeout=120.0) as client:
         session = pair.create(client)
         replies = [session.step(gradient(0))["w"].tobytes()]
         done = pair.intercept(at, lambda: fail_over(pair), admitted=admitted)
@@ -51,7 +51,7 @@ def test_a_primary_that_is_killed_at_any_record_loses_and_doubles_no_step(
 @pytest.mark.parametrize("transport", ["tcp", "shm"])
 def test_steps_that_overlap_and_accumulate_are_followed_too(tmp_path: pathlib.Path, transport: str) -> None:
     options: dict[str, Any] = {"accumulation_steps": 2, "clip_grad_norm": 1.0}
-    with pair_in(tmp_path) as pair, stepwire.connect(pair.target, timeout=30.0, transport=transport) as client:
+    with pair_in(tmp_path) as pair, stepwire.connect(pair.target, timeout=120.0, transport=transport) as client:
         session = pair.create(client, **options)
         replies = [session.step(gradient(step))["w"].tobytes() for step in range(3)]
         fail_over(pair)
@@ -60,7 +60,7 @@ def test_steps_that_overlap_and_accumulate_are_followed_too(tmp_path: pathlib.Pa
 
 
 def test_a_drain_hands_over(tmp_path: pathlib.Path) -> None:
-    with pair_in(tmp_path) as pair, stepwire.connect(pair.target, timeout=30.0) as client:
+    with pair_in(tmp_path) as pair, stepwire.connect(pair.target, timeout=120.0) as client:
         session = pair.create(client)
         replies = [session.step(gradient(step))["w"].tobytes() for step in range(2)]
         assert pair.primary.drain()
@@ -82,7 +82,7 @@ def test_a_standby_is_promoted_by_itself_after_its_time_and_not_before(tmp_path:
 
 
 def test_a_promoted_standby_has_a_standby_of_its_own(tmp_path: pathlib.Path) -> None:
-    with pair_in(tmp_path) as pair, stepwire.connect(pair.target, timeout=30.0) as client:
+    with pair_in(tmp_path) as pair, stepwire.connect(pair.target, timeout=120.0) as client:
         session = pair.create(client)
         replies = [session.step(gradient(0))["w"].tobytes()]
         fail_over(pair)
@@ -99,7 +99,7 @@ def test_a_promoted_standby_has_a_standby_of_its_own(tmp_path: pathlib.Path) -> 
 
 
 def test_a_session_that_ends_ends_on_the_standby_too(tmp_path: pathlib.Path) -> None:
-    with pair_in(tmp_path) as pair, stepwire.connect(pair.target, timeout=30.0) as client:
+    with pair_in(tmp_path) as pair, stepwire.connect(pair.target, timeout=120.0) as client:
         closed, kept = pair.create(client), pair.create(client)
         kept.step(gradient(0))
         closed.close()

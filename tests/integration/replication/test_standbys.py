@@ -27,7 +27,7 @@ pytestmark = pytest.mark.many
 
 def once(target: str) -> stepwire.Client:
     """Connect, and repeat no call: the next attempt would come after every deadline."""
-    return stepwire.connect(target, timeout=30.0, retry=Retry(uniform=lambda low, high: 3600.0))
+    return stepwire.connect(target, timeout=120.0, retry=Retry(uniform=lambda low, high: 3600.0))
 
 
 def parameters_of(server: Server) -> Any:
@@ -46,7 +46,7 @@ def test_a_deposed_primary_tells_nothing(tmp_path: pathlib.Path) -> None:
         pair.standby.replication.promote()
         speaker = pair.speaker
         with speaker.outbox.changed:
-            assert speaker.outbox.changed.wait_for(lambda: speaker.deposed, 30.0)
+            assert speaker.outbox.changed.wait_for(lambda: speaker.deposed, 120.0)
         for call in (lambda: session.step(gradient(1)), session.pull, session.info, client.create_session):
             with pytest.raises(stepwire.FencedError) as refused:
                 call(START) if call == client.create_session else call()
@@ -69,12 +69,12 @@ def test_a_primary_that_does_not_know_yet_acknowledges_nothing(tmp_path: pathlib
         promoted = pair.intercept(1, partition, admitted=False)
         with pytest.raises(stepwire.UnavailableError) as refused:
             session.step(gradient(1))
-        assert promoted.wait(30.0)
+        assert promoted.wait(120.0)
         assert refused.value.reason is Reason.NO_STANDBY
         with pytest.raises(stepwire.UnavailableError):
             session.pull()
         assert parameters_of(pair.standby).tobytes() != parameters_of(pair.primary).tobytes(), "it is applied there"
-        with stepwire.connect(pair.standby.target, timeout=30.0) as other:
+        with stepwire.connect(pair.standby.target, timeout=120.0) as other:
             assert other.session(session.session_id).info().applied_step == 1
 
 
@@ -96,7 +96,7 @@ def test_steps_are_refused_without_a_standby_and_go_on_with_the_next(tmp_path: p
 
 
 def test_a_connection_that_breaks_goes_on_where_it_was(tmp_path: pathlib.Path) -> None:
-    with pair_in(tmp_path) as pair, stepwire.connect(pair.target, timeout=30.0) as client:
+    with pair_in(tmp_path) as pair, stepwire.connect(pair.target, timeout=120.0) as client:
         session = pair.create(client)
         session.step(gradient(0))
         follower = pair.standby.replication._follower
@@ -147,14 +147,14 @@ def test_of_a_promotion_and_a_primary_that_goes_on_alone_one_wins(tmp_path: path
 
 
 def test_a_standby_that_diverges_is_found_and_gets_the_session_again(tmp_path: pathlib.Path) -> None:
-    with pair_in(tmp_path) as pair, stepwire.connect(pair.target, timeout=30.0) as client:
+    with pair_in(tmp_path) as pair, stepwire.connect(pair.target, timeout=120.0) as client:
         session = pair.create(client)
         session.step(gradient(0))
         follower = pair.standby.replication._follower
         assert follower is not None
         pair.upkeep.compare()
         with follower._changed:
-            assert follower._changed.wait_for(lambda: not follower._queue, 30.0)  # it has told its digest
+            assert follower._changed.wait_for(lambda: not follower._queue, 120.0)  # it has told its digest
         session.info()  # a round trip to the standby, behind the digest
         assert pair.speaker.divergences == 0
         (held,) = follower._sessions.values()
@@ -162,7 +162,7 @@ def test_a_standby_that_diverges_is_found_and_gets_the_session_again(tmp_path: p
         pair.upkeep.compare()
         speaker = pair.speaker
         with speaker.outbox.changed:
-            assert speaker.outbox.changed.wait_for(lambda: speaker.divergences == 1, 30.0)
+            assert speaker.outbox.changed.wait_for(lambda: speaker.divergences == 1, 120.0)
         pair.await_member(pair.standby)
         session.step(gradient(1))
         assert [*follower._sessions.values()] != [held]
@@ -175,7 +175,7 @@ def test_a_standby_that_diverges_is_found_and_gets_the_session_again(tmp_path: p
 
 
 def test_a_divergence_counts_once_though_later_digests_are_under_way(tmp_path: pathlib.Path) -> None:
-    with pair_in(tmp_path) as pair, stepwire.connect(pair.target, timeout=30.0) as client:
+    with pair_in(tmp_path) as pair, stepwire.connect(pair.target, timeout=120.0) as client:
         session = pair.create(client)
         session.step(gradient(0))
         (replica,) = pair.speaker.replicas.values()
@@ -204,7 +204,7 @@ def test_a_standby_comes_while_a_session_is_stepped(tmp_path: pathlib.Path) -> N
     with contextlib.ExitStack() as stack:
         pair = Pair(tmp_path, stack)
         pair.primary = pair.serve(standby="preferred")
-        client = stack.enter_context(stepwire.connect(pair.target, timeout=30.0))
+        client = stack.enter_context(stepwire.connect(pair.target, timeout=120.0))
         session = pair.create(client)
         session.step(gradient(0))
         (served,) = pair.primary.registry.of(None)
@@ -252,7 +252,7 @@ def test_a_pair_without_a_directory(tmp_path: pathlib.Path) -> None:
         primary = pair.primary = stack.enter_context(numpy_server(standby="required"))
         first = pair.standby = stack.enter_context(numpy_server(standby_of=primary.target))
         pair.await_member(first)
-        client = stack.enter_context(stepwire.connect(primary.target, timeout=30.0))
+        client = stack.enter_context(stepwire.connect(primary.target, timeout=120.0))
         session = pair.create(client)
         session.step(gradient(0))
         pair.cut()
@@ -264,13 +264,13 @@ def test_a_pair_without_a_directory(tmp_path: pathlib.Path) -> None:
         session.step(gradient(1))
         epoch, sessions = second.replication.promote()
         assert (epoch, sessions) == (4, 1)
-        with stepwire.connect(second.target, timeout=30.0) as other:
+        with stepwire.connect(second.target, timeout=120.0) as other:
             info = other.session(session.session_id).info()
             assert (info.applied_step, info.epoch) == (2, 4)
 
 
 def test_a_state_that_cannot_be_read_just_now_says_nothing_against_the_standby(tmp_path: pathlib.Path) -> None:
-    with pair_in(tmp_path) as pair, stepwire.connect(pair.primary.target, timeout=30.0) as client:
+    with pair_in(tmp_path) as pair, stepwire.connect(pair.primary.target, timeout=120.0) as client:
         session = pair.create(client)
         (replica,) = pair.speaker.replicas.values()
         synced = replica.synced
@@ -296,10 +296,10 @@ def test_a_standby_that_ends_while_records_come_is_forgotten_and_deposes_nobody(
             leave()
             call._received = receive  # type: ignore[method-assign]
             speaker.send(Subject(RecordKind.LOOK))
-            assert refused.wait(30.0)
+            assert refused.wait(120.0)
 
         follower.leave = leaves  # type: ignore[method-assign]
         call.close()
         with speaker.outbox.changed:
-            assert speaker.outbox.changed.wait_for(lambda: not speaker.standby_id or speaker.deposed, 30.0)
+            assert speaker.outbox.changed.wait_for(lambda: not speaker.standby_id or speaker.deposed, 120.0)
         assert (speaker.deposed, speaker.standby_id) == (False, "")

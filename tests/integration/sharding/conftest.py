@@ -30,7 +30,7 @@ def opened() -> Iterator[Opened]:
         def open_once(targets: tuple[str, ...], channels: int = 1) -> stepwire.Client:
             retry = stepwire.Retry(initial_seconds=0.001, max_seconds=0.01)
             return stack.enter_context(
-                stepwire.connect(list(targets), transport="tcp", channels=channels, timeout=30.0, retry=retry)
+                stepwire.connect(list(targets), transport="tcp", channels=channels, timeout=120.0, retry=retry)
             )
 
         yield open_once

@@ -221,7 +221,7 @@ def test_a_gradient_that_is_still_being_made_is_refused(
     pair.step(arrays(SHAPES, 1))
     future = pair.cut.step_async(arrays(SHAPES, 2), feed=GradientFeed(list(SHAPES)))
     with pytest.raises(stepwire.UnsupportedFeatureError, match="feed: gradients that are made while they are sent"):
-        future.result(30.0)
+        future.result(120.0)
     pair.step(arrays(SHAPES, 2))
     pair.compare()
     pair.close()

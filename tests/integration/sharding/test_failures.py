@@ -178,7 +178,7 @@ def test_a_client_that_ends_between_two_shards_is_told_of_to_the_next(
         with pytest.raises(stepwire.StepMismatchError, match=told):
             call()
     with pytest.raises(stepwire.StepMismatchError, match=r"different steps, at last \[1, 2\]"):
-        unhurried(servers[:2]).session(pair.cut.session_id).pull(timeout=30.0)
+        unhurried(servers[:2]).session(pair.cut.session_id).pull(timeout=120.0)
     later.load_state(dataclasses.replace(good, step=2))
     pair.whole.load_state(dataclasses.replace(good, step=2))
     pair.cut = later

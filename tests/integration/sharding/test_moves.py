@@ -69,7 +69,7 @@ def test_a_shard_that_moves_loses_no_step(tmp_path: pathlib.Path, move: Callable
         shards = Shards(tmp_path, stack)
         shards.serve(0)
         second = shards.serve(1)
-        client = stack.enter_context(stepwire.connect(f"directory:{tmp_path / 'directory'}", timeout=30.0))
+        client = stack.enter_context(stepwire.connect(f"directory:{tmp_path / 'directory'}", timeout=120.0))
         session = client.create_session(
             START, optimizer=stepwire.Adam(lr=0.1), clip_grad_norm=1.0, durability="journal", request_id="job"
         )

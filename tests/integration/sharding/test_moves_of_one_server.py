@@ -37,7 +37,7 @@ def test_steps_have_the_bits_of_a_session_that_stays(
     servers: list[Server], one: stepwire.Client, shapes: dict[str, tuple[int, ...]], transport: str
 ) -> None:
     with (
-        stepwire.connect(servers[1].target, transport=transport, timeout=30.0) as client,
+        stepwire.connect(servers[1].target, transport=transport, timeout=120.0) as client,
         contextlib.closing(Pair(one, client, shapes, **OPTIONS)) as pair,
     ):
         for step, onto in enumerate(((), (2,), (3,), (0, 1, 4), (2, 3), (1,), (2,)), start=1):
@@ -50,7 +50,7 @@ def test_steps_have_the_bits_of_a_session_that_stays(
 
 def test_direct_steps_go_on_at_the_other_server(servers: list[Server]) -> None:
     with (
-        stepwire.connect(servers[1].target, timeout=30.0) as client,
+        stepwire.connect(servers[1].target, timeout=120.0) as client,
         client.create_session(arrays(SMALL, 0), **OPTIONS) as session,
     ):
         session.step(arrays(SMALL, 1))
@@ -165,7 +165,7 @@ def test_a_client_that_was_fenced_stays_fenced_behind_a_move(servers: list[Serve
 @pytest.mark.parametrize("onto", [(3,), (2, 4)])
 def test_shared_arrays_are_asked_for_again(servers: list[Server], onto: tuple[int, ...]) -> None:
     with (
-        stepwire.connect(servers[1].target, timeout=30.0) as client,
+        stepwire.connect(servers[1].target, timeout=120.0) as client,
         client.create_session(arrays(SMALL, 0), **OPTIONS) as session,
         client.create_session(arrays(SMALL, 0), **OPTIONS) as stays,
     ):
@@ -190,7 +190,7 @@ def test_a_client_that_keeps_steps_follows_too_and_forks_where_the_session_is(tm
         first, second = (
             stack.enter_context(numpy_server(data_dir=str(tmp_path / name))) for name in ("first", "second")
         )
-        client = stack.enter_context(stepwire.connect(first.target, window_bytes=1 << 20, timeout=30.0))
+        client = stack.enter_context(stepwire.connect(first.target, window_bytes=1 << 20, timeout=120.0))
         session = stack.enter_context(client.create_session(arrays(SMALL, 0), **durable))
         stays = stack.enter_context(client.create_session(arrays(SMALL, 0), **OPTIONS))
         for step in range(1, 7):

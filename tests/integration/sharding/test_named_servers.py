@@ -77,7 +77,7 @@ def test_shards_are_those_that_servers_tell_and_one_that_moves_is_followed(name:
         shards = Shards(name, tmp_path, stack)
         shards.serve("b", "127.0.0.2")
         shards.serve("a", "127.0.0.3")
-        client = stack.enter_context(stepwire.connect(f"{name.target}?shards=2", timeout=30.0))
+        client = stack.enter_context(stepwire.connect(f"{name.target}?shards=2", timeout=120.0))
         assert client.targets == (f"{name.target}/a", f"{name.target}/b")
         told = client.info()
         assert (told.shard, told.epoch) == ("a,b", 1)

@@ -43,7 +43,7 @@ def expected() -> list[bytes]:
 def joined(target: str, stack: contextlib.ExitStack, **options: Any) -> list[Any]:
     retry = stepwire.Retry(initial_seconds=0.001, max_seconds=0.01)
     shared = {"optimizer": ADAM, "request_id": uuid.uuid4().hex} | options
-    clients = [stack.enter_context(stepwire.connect(target, timeout=30.0, retry=retry)) for _ in range(WORKERS)]
+    clients = [stack.enter_context(stepwire.connect(target, timeout=120.0, retry=retry)) for _ in range(WORKERS)]
     return [client.create_session(ZEROS, worker=worker, **shared) for worker, client in enumerate(clients)]
 
 

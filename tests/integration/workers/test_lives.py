@@ -35,7 +35,7 @@ def joined(target: str, stack: contextlib.ExitStack, aggregation: stepwire.Aggre
     retry = stepwire.Retry(initial_seconds=0.001, max_seconds=0.01)
     sessions = []
     for worker in range(aggregation.workers):
-        client = stack.enter_context(stepwire.connect(target, timeout=30.0, retry=retry))
+        client = stack.enter_context(stepwire.connect(target, timeout=120.0, retry=retry))
         sessions.append(client.create_session(ZEROS, worker=worker, **shared))
         sessions[-1].attach()
     return sessions

@@ -137,7 +137,7 @@ def test_ids_of_workers_survive_a_restart(tmp_path: pathlib.Path, durability: st
         restarting = Restarting(tmp_path, stack)
         shared = options(mode=mode, reduction="sum" if mode == "sync" else "mean") | {"durability": durability}
         retry = stepwire.Retry(initial_seconds=0.001, max_seconds=0.01)
-        clients = [stack.enter_context(stepwire.connect(restarting.target, timeout=30.0, retry=retry)) for _ in "ab"]
+        clients = [stack.enter_context(stepwire.connect(restarting.target, timeout=120.0, retry=retry)) for _ in "ab"]
         sessions = [each.create_session(tables, worker=worker, **shared) for worker, each in enumerate(clients)]
         given = [[drawn(worker, step) for worker in range(2)] for step in range(5)]
         for step, rows in enumerate(given):

@@ -214,7 +214,7 @@ def test_rows_of_workers_survive_a_restart(tmp_path: pathlib.Path, durability: s
         restarting = Restarting(tmp_path, stack)
         shared = options(mode=mode, workers=2) | {"durability": durability}
         retry = stepwire.Retry(initial_seconds=0.001, max_seconds=0.01)
-        clients = [stack.enter_context(stepwire.connect(restarting.target, timeout=30.0, retry=retry)) for _ in "ab"]
+        clients = [stack.enter_context(stepwire.connect(restarting.target, timeout=120.0, retry=retry)) for _ in "ab"]
         sessions = [each.create_session(START, worker=worker, **shared) for worker, each in enumerate(clients)]
         given = [[drawn(worker, step) for worker in range(2)] for step in range(4)]
         for step, gradients in enumerate(given):

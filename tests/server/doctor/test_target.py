@@ -14,7 +14,7 @@ from stepwire_server.testing import serving
 
 
 def by_check(target: str) -> dict[str, Finding]:
-    return {finding.check: finding for finding in examine_target(target, 30.0)}
+    return {finding.check: finding for finding in examine_target(target, 120.0)}
 
 
 def test_every_way_is_tried_and_the_best_is_named() -> None:
@@ -62,7 +62,7 @@ def test_a_server_that_takes_no_sessions_is_told() -> None:
 def test_a_server_that_drains_is_told(serve: Any) -> None:
     with serve() as server:
         server.drain()
-        (found,) = examine_target(server.target, 30.0)
+        (found,) = examine_target(server.target, 120.0)
     assert found == Finding(
         "server", False, f"{server.target} drains: it takes no new sessions", "wait for its successor"
     )

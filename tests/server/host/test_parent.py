@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 
 from stepwire_server.host.parent import follow
 
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
 
 FOLLOWER = """
 import os, sys, threading

@@ -15,7 +15,7 @@ from stepwire_server.replication.follower import Follower
 from stepwire_server.replication.outbox import NOTHING
 from stepwire_server.replication.records import RecordKind, ReplicationRecord
 
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
 
 
 def record(number: int, kind: RecordKind = RecordKind.LOOK) -> ReplicationRecord:

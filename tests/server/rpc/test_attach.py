@@ -15,7 +15,7 @@ from stepwire_server.engines.cpu.engine import CpuState
 from tests.server.rpc.streams import step_messages
 
 CHUNK_BYTES = 64 << 10
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 DTYPES = {1: np.float32, 2: ml_dtypes.bfloat16, 3: np.float16}
 
 

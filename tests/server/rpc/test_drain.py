@@ -14,7 +14,7 @@ from stepwire.v1 import step_pb2
 from stepwire_server.rpc.drain import Drain, DrainStatistics
 from tests.server.rpc.streams import COMMIT, Attached
 
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
 
 
 def test_steps_pass_side_by_side() -> None:

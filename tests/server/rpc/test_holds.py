@@ -18,7 +18,7 @@ from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.engines.cpu.state import CpuGradient
 from tests.server.rpc.streams import COMMIT, step_messages
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 DISPLACED = ("UNAVAILABLE", "STREAM_DISPLACED")
 FENCED = ("FAILED_PRECONDITION", "FENCED")
 # The new holder: whether it is the same client, and the refusal of the older one.

@@ -19,7 +19,7 @@ from stepwire.wire.error_details import error_from_call
 from stepwire_server.engines.cpu.engine import CpuState
 from stepwire_server.rpc.interceptor import ErrorInterceptor
 
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
 SECRET = "password=hunter2 at /srv/secret.py\nTraceback"
 Behavior = Callable[[Any, grpc.ServicerContext], Any]
 

@@ -14,7 +14,7 @@ from stepwire_server.sessions.registry import Registry
 from stepwire_server.sessions.registry_limits import RegistryLimits
 from tests.support.numpy_server import numpy_pool
 
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
 
 
 class Crowded:

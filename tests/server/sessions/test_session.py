@@ -36,7 +36,7 @@ from tests.server.session_driver import (
 from tests.server.session_driver import everything as pull_everything
 from tests.server.sessions.watched_engine import Failure, WatchedEngine
 
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
 SIZE = 262
 CONFIG = make_config(
     TensorSpec("a", (2, 3)),

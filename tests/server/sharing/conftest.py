@@ -17,7 +17,7 @@ from stepwire.v1 import transport_pb2
 from stepwire.wire.error_details import status_details
 from stepwire_server.sharing.handoff import HandoffServer, peer_uid
 
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
 
 
 @pytest.fixture

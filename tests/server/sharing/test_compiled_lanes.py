@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pathlib
 import signal
@@ -22,7 +23,7 @@ from stepwire_server.config import ServerConfig
 from stepwire_server.server import Server
 from stepwire_server.sharing import packet_lane
 from tests.server.sharing.test_packet_lanes import LaneStream, in_a_packet
-from tests.support.lane_wire import steps_in_lanes, wait_for_loops
+from tests.support.lane_wire import steps_in_lanes, until_granted, wait_for_loops
 from tests.support.raw_handoff import held_by_process
 
 pytestmark = pytest.mark.many
@@ -106,7 +107,7 @@ def test_steps_in_lanes_have_the_bits_of_others(live: Any, make_live: Any, serve
 
 
 @contextlib.contextmanager
-def granted_on_a_server_of_its_own(live: Any, until: Any) -> Iterator[tuple[Server, LaneStream]]:
+def granted_on_a_server_of_its_own(live: Any) -> Iterator[tuple[Server, LaneStream]]:
     """Make a session like another one, whose next steps are a lane's from the fourth on, until somebody asks."""
     with Server(ServerConfig(bind="127.0.0.1:0", device="cpu", sweep_seconds=3600.0, lane_spin_microseconds=50)) as own:
         own.lanes.after_steps = own.lanes.steps_alike = 1
@@ -114,15 +115,13 @@ def granted_on_a_server_of_its_own(live: Any, until: Any) -> Iterator[tuple[Serv
             session = live.__class__(wire, wire.create(live.wire.get(live.id).config))
             with LaneStream(session) as lane:
                 session.load(session.load_opening(1), session.load_chunk(commit=True))
-                lane.exchange(lane.in_memory(1))
-                lane.exchange(lane.in_memory(2))
-                wait_for_loops(own)
-                lane.exchange(lane.in_memory(3))
-                until(lambda: own.lanes.statistics().granted)
+                for step in (1, 2, 3):
+                    lane.exchange(lane.in_memory(step))
+                until_granted(own, 1, functools.partial(lane.exchange, lane.in_memory(3)))
                 yield own, lane
 
 
-def test_a_lane_makes_steps_without_a_thread_in_python(live: Any, server: Server, lane_steps: Any, until: Any) -> None:
+def test_a_lane_makes_steps_without_a_thread_in_python(live: Any, server: Server, lane_steps: Any) -> None:
     """The hook of profilers sees every call of Python in every thread of the server."""
     calls: list[tuple[str, str]] = []
     watched = threading.get_ident()
@@ -134,7 +133,7 @@ def test_a_lane_makes_steps_without_a_thread_in_python(live: Any, server: Server
 
     threading.setprofile(hook)
     try:
-        with granted_on_a_server_of_its_own(live, until) as (own, lane):
+        with granted_on_a_server_of_its_own(live) as (own, lane):
             messages = [lane.in_memory(step).SerializeToString() for step in range(4, 60)]
             recording.set()
             for message in messages:
@@ -149,7 +148,7 @@ def test_a_lane_makes_steps_without_a_thread_in_python(live: Any, server: Server
 
 
 def test_a_session_that_cannot_be_told_of_all_steps_is_damaged(
-    live: Any, refusal: Any, until: Any, monkeypatch: pytest.MonkeyPatch
+    live: Any, refusal: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The arrays have steps then that its numbers have not."""
     counted: list[int] = []
@@ -159,7 +158,7 @@ def test_a_session_that_cannot_be_told_of_all_steps_is_damaged(
         if len(counted) == 2:
             raise MemoryError
 
-    with granted_on_a_server_of_its_own(live, until) as (own, lane):
+    with granted_on_a_server_of_its_own(live) as (own, lane):
         for step in range(4, 8):
             lane.exchange(lane.in_memory(step))
         monkeypatch.setattr(own.lanes, "count", count)
@@ -461,13 +460,11 @@ def test_a_drain_ends_a_hundred_grants_in_its_time(wire: Any, make_config: Any, 
         lanes = []
         for _ in range(LANES):
             session = make_live(channel, channel.create(own_config(make_config)))
-            lanes.append(stack.enter_context(LaneStream(session)))
-            for step in (1, 2):
-                lanes[-1].exchange(lanes[-1].in_memory(step))
-            wait_for_loops(own)
-            lanes[-1].exchange(lanes[-1].in_memory(3))
-        while own.lanes.statistics().granted < LANES:
-            pass
+            lane = stack.enter_context(LaneStream(session))
+            lanes.append(lane)
+            for step in (1, 2, 3):
+                lane.exchange(lane.in_memory(step))
+            until_granted(own, len(lanes), functools.partial(lane.exchange, lane.in_memory(3)))
         assert own.drain()
         assert own.lanes.statistics().granted == 0
         for lane in lanes:

@@ -22,7 +22,7 @@ from tests.server.session_driver import make_session
 SIZE = 5000
 STATE_BYTES = 3 * 4 * SIZE
 BLOCK_BYTES = 2 << 20
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
 
 
 class Exported:

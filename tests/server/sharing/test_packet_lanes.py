@@ -21,7 +21,7 @@ from stepwire.wire.packets import PAYLOAD_BYTES, REQUEST_BYTES
 from tests.support.raw_handoff import Handed, fetch, held_by_process
 
 PACKETS, GRPC = transport_pb2.TRANSPORT_PACKETS, transport_pb2.TRANSPORT_GRPC
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
 ROUNDS = int(os.environ.get("STEPWIRE_HOSTILE_PACKETS", "40"))
 
 

@@ -27,7 +27,7 @@ from tests.support.fake_libcuda import FakeLibcuda
 
 SIZE = 100
 PAGE = 4096
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
 
 
 class Server:

@@ -103,7 +103,7 @@ def handoff(server: Server, **fields: Any) -> transport_pb2.Handoff:
 @pytest.fixture
 def memory(server: Server) -> Iterator[SharedMemory]:
     server.answer(b"", made(), made())
-    with contextlib.closing(fetch(handoff(server), SIZE, 30.0)) as memory:
+    with contextlib.closing(fetch(handoff(server), SIZE, 120.0)) as memory:
         yield memory
 
 
@@ -119,7 +119,7 @@ def test_memory_is_mapped_as_it_may_be_used(server: Server, memory: SharedMemory
 def test_closing_tells_the_server_and_leaves_arrays(server: Server) -> None:
     before = held_by_process()
     server.answer(b"", made(), made())
-    memory = fetch(handoff(server), SIZE, 30.0)
+    memory = fetch(handoff(server), SIZE, 120.0)
     gradient = memory.gradient
     memory.close()
     memory.close()
@@ -150,7 +150,7 @@ def test_memory_that_is_not_as_it_was_said_is_not_mapped(
     before = held_by_process()
     server.answer(b"", made(sizes[0], seals), made(sizes[1], seals))
     with pytest.raises(StepwireError, match=problem) as refused:
-        fetch(handoff(server, **fields), SIZE, 30.0)
+        fetch(handoff(server, **fields), SIZE, 120.0)
     del refused
     server.settle()
     assert held_by_process() == before
@@ -165,7 +165,7 @@ def files(tmp_path: pathlib.Path) -> int:
 def test_a_file_is_no_memory(server: Server, tmp_path: pathlib.Path) -> None:
     server.answer(b"", files(tmp_path), made())
     with pytest.raises(UnavailableError):
-        fetch(handoff(server), SIZE, 30.0)
+        fetch(handoff(server), SIZE, 120.0)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_an_answer_that_is_none_leaves_nothing(
     before = held_by_process()
     server.answer(response, *(made() for _ in range(descriptors)))
     with pytest.raises(UnavailableError, match=problem):
-        fetch(handoff(server), SIZE, 30.0)
+        fetch(handoff(server), SIZE, 120.0)
     server.settle()
     assert held_by_process() == before
 
@@ -191,14 +191,14 @@ def test_a_refusal_is_the_servers_own_error(server: Server) -> None:
     error = AuthenticationError("the token is of yesterday", metadata={"token": 7})
     server.answer(transport_pb2.HandoffResponse(refused=status_details(error)))
     with pytest.raises(AuthenticationError, match="the token is of yesterday") as refused:
-        fetch(handoff(server), SIZE, 30.0)
+        fetch(handoff(server), SIZE, 120.0)
     assert refused.value.metadata == {"token": "7"}
 
 
 def test_a_socket_that_is_not_there_is_named(tmp_path: pathlib.Path, server: Server) -> None:
     path = str(tmp_path / "gone.sock")
     with pytest.raises(UnavailableError, match="cannot be fetched from .*gone.sock: .*No such file"):
-        fetch(handoff(server, socket=path), SIZE, 30.0)
+        fetch(handoff(server, socket=path), SIZE, 120.0)
 
 
 def test_a_server_that_is_silent_is_not_waited_for(server: Server) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.fake_cupy import FakeCupy
 
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 
 Fake = Callable[..., Any]
 

@@ -27,7 +27,7 @@ from tests.support.pairwise import combinations, missing
 pytestmark = [needs_compiler, pytest.mark.many]
 
 ORDERS = ["lazy", "greedy", *(("random", seed) for seed in range(2))]
-PATIENCE_SECONDS = 60.0
+PATIENCE_SECONDS = 120.0
 MEMORY_BYTES = 2 << 20
 RECIPE, HALVED, EIGHTH, EVERYTHING = cases.OWN
 BARE = cases.BARE

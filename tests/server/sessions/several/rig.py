@@ -35,7 +35,7 @@ from tests.server.session_driver import RecordingWriter, everything
 __all__ = ["Attached", "Commit", "Rig", "Vector", "config_of"]
 
 Vector = npt.NDArray[np.float32]
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 120.0
 
 
 def config_of(aggregation: Aggregation, size: int, **fields: Any) -> SessionConfig:
