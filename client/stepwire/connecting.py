@@ -131,7 +131,7 @@ def move_session(
 
     Raises:
         InvalidRequestError: a target is none, or these are not the shards of one model.
-        UnsupportedFeatureError: the session has several workers, rows that are named by ids, or durability
+        UnsupportedFeatureError: the session has rows that are named by ids, or durability
             `"replicated"`, or its servers have an object store.
         StepMismatchError: the shards are not at one step, and their client does not finish it.
         SessionNotFoundError: there is no such session.

@@ -23,6 +23,8 @@ __all__ = ["Fingerprint", "fingerprint"]
 _WORDS: Final = 1 << 16  # 512 KiB: a block and its upper halves stay in the processor's cache
 _HALF: Final = np.uint64(32)
 _MODULUS: Final = 1 << 64
+_SEED: Final = int.from_bytes(os.urandom(16), "little")
+"""Drawn at the import: threads whose first fingerprints come at once have the same weights."""
 
 
 class Fingerprint(NamedTuple):
@@ -68,6 +70,6 @@ def _summed(nbytes: int, parts: list[npt.NDArray[np.uint64]]) -> Fingerprint:
 
 @functools.cache
 def _weights() -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64], int]:
-    generator = np.random.default_rng(int.from_bytes(os.urandom(16), "little"))
+    generator = np.random.default_rng(_SEED)
     weights, others = generator.integers(0, 1 << 64, (2, _WORDS), np.uint64)
     return weights, others, int(generator.integers(0, 1 << 63)) * 2 + 1
