@@ -149,7 +149,7 @@ class Passage:
                 yield {index: member.worker.holder for index, member in ledger.members.joined().items()}
             except DataLossError:  # the record may be there, and the next server would find it: nothing goes on here
                 name = "" if rest is None else rest.move_id
-                ledger.freeze = Freeze(name, ledger.applied_step, math.inf, self._clock)
+                ledger.freeze = Freeze(name, ledger.applied_step, math.inf, self._clock, self._numbers())
                 raise
             self._leave()
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from stepwire.arrays.fingerprints import _WORDS, fingerprint
+from stepwire.arrays.fingerprints import _WORDS, Fingerprint, _weights, fingerprint
 
 BLOCK_ELEMENTS = 2 * _WORDS
 """float32 elements of a block."""
@@ -53,3 +55,17 @@ def test_an_array_with_gaps_has_the_fingerprint_of_its_copy() -> None:
     wide = np.arange(4096, dtype=np.float32).reshape(64, 64)
     assert fingerprint(wide[:, ::3]) == fingerprint(wide[:, ::3].copy())
     assert fingerprint(wide.T) == fingerprint(np.ascontiguousarray(wide.T))
+
+
+def test_threads_that_are_the_first_of_their_process_agree() -> None:
+    """A step in doubt is known again by its fingerprint, whichever thread computed another one at the same time."""
+    array, together = np.arange(1000.0), threading.Barrier(8)
+    _weights.cache_clear()
+
+    def computed(_: int) -> Fingerprint:
+        together.wait(120.0)
+        return fingerprint(array)
+
+    with ThreadPoolExecutor(8) as pool:
+        found = set(pool.map(computed, range(8)))
+    assert found == {fingerprint(array)}
