@@ -27,7 +27,7 @@ from stepwire.steps.call import Decide, OnTensor, StepCall
 from stepwire.v1 import state_pb2, step_pb2
 from stepwire.wire.dtypes import INT8
 
-__all__ = ["Shard", "carry_residuals", "gathered"]
+__all__ = ["Shard", "carry_bases", "carry_residuals", "gathered"]
 
 
 class Shard:
@@ -271,6 +271,12 @@ class Shard:
             metadata=metadata,
             retry_after_seconds=error.retry_after_seconds,
         )
+
+
+def carry_bases(former: Sequence[RemoteLink], new: Sequence[RemoteLink]) -> None:
+    """Have the next gradient be of the parameters that the client had at the former places of a model."""
+    for link in new:
+        link.hold.base_step = min(each.hold.base_step for each in (link, *former))
 
 
 def carry_residuals(former: Sequence[Shard], new: Sequence[Shard]) -> None:

@@ -276,3 +276,21 @@ def test_shards_whose_workers_cannot_come_together_are_refused(
     together(*(functools.partial(shard.step, part) for shard in alone))
     with pytest.raises(stepwire.StepMismatchError, match=r"at the steps \[1, 0\], and their clients do not finish"):
         stepwire.move_session(sessions[0].session_id, targets, targets[2:3])
+
+
+@pytest.mark.parametrize("onto", [(), (3,), (2, 4)])
+def test_a_gradient_of_old_parameters_stays_old_behind_a_move(
+    targets: list[str], stack: contextlib.ExitStack, onto: tuple[int, ...]
+) -> None:
+    aggregation = stepwire.Aggregation(workers=WORKERS, mode="async", max_staleness_steps=1)
+    workers = Workers(stack, targets, aggregation=aggregation, optimizer=stepwire.SGD(lr=1.0)).join_all()
+    first, second, _ = workers.sessions
+    first.attach()
+    for _ in range(5):
+        second.step({"w": np.ones(SIZE, np.float32)})
+    if onto:
+        workers.move(*onto)
+    first.step({"w": np.full(SIZE, 100.0, np.float32)})
+    told = first.last_result.round
+    assert (told.dropped, told.staleness) == (True, 5)
+    assert set(first.pull()["w"].tolist()) == {-5.0}
