@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from stepwire.connection.retry import Deadline
@@ -204,6 +204,13 @@ class Hold:
         if not self._is_aggregated:
             self.applied_step = self.step_on_server = applied_step
         self.unfinished_step = 0
+
+    def succeed(self, former: Sequence[Hold]) -> None:
+        """Know what the holds at the former places of the session knew: its parameters' step and load, and a doubt."""
+        self.base_step = min(each.base_step for each in (self, *former))
+        self.applied_load = min(each.applied_load for each in former)
+        newest = max(max(each.applied_load, each.load_in_doubt) for each in former)
+        self.load_in_doubt = newest if newest > self.applied_load else 0
 
     def acknowledge(self, step: int) -> None:
         """Know a step as applied although a restarted server lacks it: the next call finds the loss."""

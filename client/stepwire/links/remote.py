@@ -105,7 +105,7 @@ class RemoteLink(SessionLink):
         self._carry, self._last_result = past.carry, past.last_result
         self._use(past.lock)
         self._doubts.succeed(past)
-        self.hold.base_step = min(self.hold.base_step, former.hold.base_step)
+        self.hold.succeed([former.hold])
         former.detach()
 
     @property

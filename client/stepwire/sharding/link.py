@@ -32,7 +32,7 @@ from stepwire.sharding.open_rounds import await_open_rounds
 from stepwire.sharding.partition import Partition
 from stepwire.sharding.reading import AlikeReader, own_failure
 from stepwire.sharding.refusals import check_load, fed_gradients, shared_arrays
-from stepwire.sharding.shard import Shard, carry_bases, carry_residuals, gathered
+from stepwire.sharding.shard import Shard, carry_over, gathered
 from stepwire.sharding.whole import bounds_of, check_alike, whole_session
 from stepwire.steps.call import StepCall
 from stepwire.steps.carry import Carry
@@ -118,8 +118,7 @@ class ShardedLink(SessionLink):
         if doubt is not None:
             self._doubt, self._step = doubt.under(self._acquisitions()), doubt.step
         self._coordinator = former._coordinator if isinstance(former, ShardedLink) else None
-        carry_bases(former.shards, self.shards)
-        carry_residuals(former._shards if isinstance(former, ShardedLink) else [Shard.whole(former)], self._shards)
+        carry_over(former._shards if isinstance(former, ShardedLink) else [Shard.whole(former)], self._shards)
         former.detach()
 
     @property

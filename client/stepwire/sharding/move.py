@@ -22,6 +22,7 @@ from typing import Any, Final
 
 from stepwire.connection.retry import Deadline
 from stepwire.errors import (
+    DataLossError,
     SessionMovedError,
     SessionNotFoundError,
     StateChangedError,
@@ -46,6 +47,8 @@ __all__ = ["Move"]
 _FREEZE_SECONDS: Final = 15.0
 _REST_SECONDS: Final = 30.0
 """The time that shards may need to come to one step: that of a client to repeat a step that one of them has."""
+_DISK_SECONDS: Final = 0.1
+"""The pause before a record that a disk has refused is sent again."""
 _END_SECONDS: Final = 5.0
 
 
@@ -208,6 +211,9 @@ class Move:
         except (SessionMovedError, SessionNotFoundError, StateChangedError):
             self._undo()
             raise
+        except DataLossError as error:  # the server waits for this very record, and admits no other move
+            problem = "nobody can tell whether the session has moved: mend the disk of its server, and start that again"
+            raise _retold(error, problem) from None
         except StepwireError as error:
             raise _retold(error, "nobody can tell whether the session has moved: move it again") from None
 
@@ -229,6 +235,9 @@ class Move:
                 shard.server.calls.once("HandOverSession", request, pb.HandOverSessionResponse, left.remaining())
             except StateChangedError as error:  # it does not rest any more, so asking again is in vain
                 refused.append(error)
+            except DataLossError as error:  # the same record may be kept yet, and no other one is
+                error.retry_after_seconds = _DISK_SECONDS
+                raise
             except StepwireError as error:
                 raise shard.server.calls.followed(error, left) from None
 

@@ -27,7 +27,7 @@ from stepwire.steps.call import Decide, OnTensor, StepCall
 from stepwire.v1 import state_pb2, step_pb2
 from stepwire.wire.dtypes import INT8
 
-__all__ = ["Shard", "carry_bases", "carry_residuals", "gathered"]
+__all__ = ["Shard", "carry_over", "gathered"]
 
 
 class Shard:
@@ -273,13 +273,15 @@ class Shard:
         )
 
 
-def carry_bases(former: Sequence[RemoteLink], new: Sequence[RemoteLink]) -> None:
-    """Have the next gradient be of the parameters that the client had at the former places of a model."""
-    for link in new:
-        link.hold.base_step = min(each.hold.base_step for each in (link, *former))
+def carry_over(former: Sequence[Shard], new: Sequence[Shard]) -> None:
+    """Have the shards of a model go on where its former ones stopped: with what these knew, and their residuals."""
+    holds = [shard.link.hold for shard in former]
+    for shard in new:
+        shard.link.hold.succeed(holds)
+    _carry_residuals(former, new)
 
 
-def carry_residuals(former: Sequence[Shard], new: Sequence[Shard]) -> None:
+def _carry_residuals(former: Sequence[Shard], new: Sequence[Shard]) -> None:
     """Carry the encoding errors of gradients over to the ranges that other shards have of the same model."""
     kept: dict[int, list[tuple[int, int, npt.NDArray[np.float32]]]] = {}
     for shard in former:

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 import stepwire
+from stepwire.links import pull_and_load
 from stepwire.sharding.move import Move
+from stepwire_server.durability.moved import MovedSession, MovedSessions
 from stepwire_server.server import Server
 from tests.integration.sharding.test_broken_moves import METHODS, Broken, Killed, Places, kill
 from tests.integration.workers.together import exact_mean, gradients, together
@@ -31,11 +33,14 @@ ROUNDS = stepwire.Aggregation(workers=WORKERS)
 class Workers:
     """The workers of one session, each with a client of its own."""
 
-    def __init__(self, stack: contextlib.ExitStack, targets: list[str], transport: str = "tcp", **options: Any) -> None:
+    def __init__(
+        self, stack: contextlib.ExitStack, targets: list[str], transport: str = "tcp", shards: int = 1, **options: Any
+    ) -> None:
         self._targets = targets
+        found: Any = targets[0] if shards == 1 else targets[:shards]
         retry = stepwire.Retry(initial_seconds=0.001, max_seconds=0.01)
         self._clients: list[Any] = [
-            stack.enter_context(stepwire.connect(targets[0], transport=transport, timeout=60.0, retry=retry))
+            stack.enter_context(stepwire.connect(found, transport=transport, timeout=60.0, retry=retry))
             for _ in range(WORKERS)
         ]
         self._options = {"optimizer": ADAM, "aggregation": ROUNDS, "request_id": uuid.uuid4().hex} | options
@@ -294,3 +299,73 @@ def test_a_gradient_of_old_parameters_stays_old_behind_a_move(
     told = first.last_result.round
     assert (told.dropped, told.staleness) == (True, 5)
     assert set(first.pull()["w"].tolist()) == {-5.0}
+
+
+@pytest.mark.parametrize("onto", [(), (3,), (2, 4)])
+@pytest.mark.parametrize("former", [1, 2])
+@pytest.mark.parametrize("way", [{}, {"mode": "async"}], ids=["rounds", "async"])
+def test_a_load_of_another_worker_is_noticed_behind_a_move(
+    targets: list[str], stack: contextlib.ExitStack, way: dict[str, Any], former: int, onto: tuple[int, ...]
+) -> None:
+    aggregation = stepwire.Aggregation(workers=WORKERS, **way)
+    options: dict[str, Any] = {"aggregation": aggregation, "optimizer": stepwire.SGD(lr=1.0)}
+    workers = Workers(stack, targets, shards=former, **options).join_all()
+    first, second, _ = workers.sessions
+    first.attach()
+    second.load({"w": np.full(SIZE, 1000.0, np.float32)})
+    if onto:
+        workers.move(*onto)
+    with pytest.raises(stepwire.StepMismatchError, match=r"another worker loaded it; pull the parameters"):
+        first.step({"w": np.ones(SIZE, np.float32)})
+    assert set(first.pull()["w"].tolist()) == {1000.0}
+
+
+@pytest.mark.parametrize("onto", [(), (3,), (2, 4)])
+def test_a_load_whose_reply_was_lost_before_a_move_is_committed_once(
+    targets: list[str], stack: contextlib.ExitStack, onto: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker has stepped behind it by then, and the step stays."""
+    aggregation = stepwire.Aggregation(workers=WORKERS, mode="async")
+    workers = Workers(stack, targets, aggregation=aggregation, optimizer=stepwire.SGD(lr=1.0)).join_all()
+    first, second, _ = workers.sessions
+    first.attach()
+    send = pull_and_load.send_load
+
+    def lost(*given: Any) -> Any:
+        send(*given)
+        monkeypatch.setattr(pull_and_load, "send_load", send)
+        second.pull()
+        second.step({"w": np.ones(SIZE, np.float32)})
+        if onto:
+            workers.move(*onto)
+        raise stepwire.UnavailableError("the reply was lost", reason=stepwire.Reason.UNREACHABLE)
+
+    monkeypatch.setattr(pull_and_load, "send_load", lost)
+    first.load({"w": np.full(SIZE, 1000.0, np.float32)})
+    assert set(second.pull()["w"].tolist()) == {999.0}
+    assert first.statistics().applied_load == second.statistics().applied_load
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_record_that_a_disk_refuses_once_is_kept_in_the_end(
+    workers: int, stack: contextlib.ExitStack, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = Places(tmp_path, stack)
+    for name in ("a", "b"):
+        places.serve(name)
+    targets = [places.target(name) for name in ("a", "b")]
+    several = {"aggregation": stepwire.Aggregation(workers=workers, mode="async")} if workers > 1 else {}
+    client = stack.enter_context(stepwire.connect(targets[0], timeout=120.0))
+    session = client.create_session(ZEROS, optimizer=stepwire.SGD(lr=1.0), durability="journal", keep=True, **several)
+    ones = {"w": np.ones(SIZE, np.float32)}
+    session.step(ones)
+    add = MovedSessions.add
+
+    def refused(self: MovedSessions, record: MovedSession, *, durable: bool) -> None:
+        monkeypatch.setattr(MovedSessions, "add", add)
+        raise stepwire.DataLossError("the disk failed", reason=stepwire.Reason.DURABILITY_FAILED)
+
+    monkeypatch.setattr(MovedSessions, "add", refused)
+    moved = stepwire.move_session(session.session_id, targets, targets[1:])
+    assert set(session.step(ones)["w"].tolist()) == {-2.0}
+    assert session.session_id == moved

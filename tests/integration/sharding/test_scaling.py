@@ -115,7 +115,7 @@ def test_another_gradient_after_a_lost_reply_is_another_step(
 def test_a_step_that_one_shard_alone_has_keeps_the_session_where_it_is(
     servers: list[Server], opened: Opened, one: stepwire.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("stepwire.sharding.move._REST_SECONDS", 0.05)
+    monkeypatch.setattr("stepwire.sharding.move._REST_SECONDS", 0.0)
     options = {"optimizer": stepwire.Adam(lr=1e-2), "non_finite": "allow"}
     with contextlib.closing(Pair(one, over(servers, opened, 2), SHAPES, **options)) as pair:
         second = pair.cut._link.shards[1].hold
