@@ -12,6 +12,11 @@ def main() -> None:
         from stepwire_server.cli.main import main as run
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except ModuleNotFoundError as missing:
+        if missing.name != "typer":
+            raise
+        print("stepwire: the command needs the server's packages: pip install 'stepwire[server]'", file=sys.stderr)
+        sys.exit(2)
     run()
 
 

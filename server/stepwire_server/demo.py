@@ -19,7 +19,7 @@ import numpy.typing as npt
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import stepwire
-from stepwire.errors import InvalidRequestError
+from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
 from stepwire_server.processes.spawn import server_process
 
 __all__ = ["DemoReport", "run_demo"]
@@ -50,7 +50,12 @@ class Digits(NamedTuple):
     @classmethod
     def load(cls) -> Digits:
         """Read the data, and set every fifth image aside for tests."""
-        from sklearn.datasets import load_digits
+        try:
+            from sklearn.datasets import load_digits
+        except ModuleNotFoundError:
+            raise UnsupportedFeatureError(
+                "the demo needs scikit-learn; install it: pip install 'stepwire[demo]'", metadata={"feature": "demo"}
+            ) from None
 
         data = load_digits()
         order = np.random.default_rng(_SEED).permutation(len(data.target))

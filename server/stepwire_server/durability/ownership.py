@@ -6,7 +6,7 @@ import pathlib
 import secrets
 from typing import Final
 
-from stepwire.errors import FencedError, Reason, StepwireError
+from stepwire.errors import FencedError, InvalidRequestError, Reason, StepwireError
 from stepwire_server.durability.archive import Archive
 from stepwire_server.durability.checkpoint import CheckpointInfo
 from stepwire_server.durability.disk import Disk
@@ -50,13 +50,19 @@ class Ownership:
 
         Raises:
             FencedError: another server acquired one of them meanwhile.
-            InvalidRequestError, UnsupportedFeatureError: the store cannot be opened, or is that of another directory.
+            InvalidRequestError, UnsupportedFeatureError: the folder cannot be made, or the store cannot be opened or is
+                that of another directory.
             DataLossError: the index of the store is damaged.
             OSError: the disk or the store failed.
         """
         self.folder = folder
-        for path in (folder, *(folder / name for name in (_EPOCHS, LOG, _SESSIONS, _WORK, CLOSED, _MOVED))):
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            for path in (folder, *(folder / name for name in (_EPOCHS, LOG, _SESSIONS, _WORK, CLOSED, _MOVED))):
+                path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as problem:
+            raise InvalidRequestError.of(
+                "data_dir", f"{str(folder)!r} cannot be made: {problem.strerror}; name a folder of this user"
+            ) from None
         self._epochs = Epochs(disk, folder / _EPOCHS)
         succession = Succession(disk, folder, ObjectStore.open(store_url)) if store_url else None
         if succession is None:

@@ -83,6 +83,9 @@ class Response(NamedTuple):
 Get: TypeAlias = Callable[[Request], Response]
 """Responds to a GET."""
 
+_ROLES: Final = {"metrics": "metrics", "status": "reader"}
+"""For each setting of an address the least role of its callers."""
+
 
 def checked_address(config: ServerConfig, field: str) -> Address:
     """Read the setting of an address, and refuse one that would tell strangers.
@@ -102,7 +105,7 @@ def checked_address(config: ServerConfig, field: str) -> Address:
         raise InvalidRequestError.of(
             field,
             f"{text!r} is not a loopback address and nothing would be asked of a caller; give --tokens with a token of "
-            "the role metrics, or a loopback address",
+            f"the role {_ROLES[field]}, or a loopback address",
         )
     if not (loopback or config.tls_cert or config.insecure):
         raise InvalidRequestError.of(

@@ -190,7 +190,8 @@ class Worker:
 
     def _fenced(self) -> FencedError:
         return FencedError(
-            f"worker {self.index} is held by another client; attach without a token to acquire it again",
+            f"worker {self.index} is held by another client; attach with `take_over=True` to acquire it again "
+            "(on the wire: without an attach token)",
             reason=Reason.FENCED,
             metadata={"worker": self.index},
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import socket
+import subprocess
 import sys
 from typing import Any
 
@@ -114,3 +115,20 @@ def test_an_interrupt_while_the_command_loads_ends_it_without_a_trace(monkeypatc
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 130
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "told"),
+    [
+        ("typer", ("version",), "the command needs the server's packages: pip install 'stepwire[server]'"),
+        ("sklearn", ("demo",), "the demo needs scikit-learn; install it: pip install 'stepwire[demo]'"),
+    ],
+)
+def test_a_package_that_is_missing_is_one_line_and_exit_code_2(
+    module: str, arguments: tuple[str, ...], told: str, tmp_path: pathlib.Path
+) -> None:
+    script = f"import sys; sys.modules[{module!r}] = None; from stepwire_server.__main__ import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"stepwire: {told}\n")

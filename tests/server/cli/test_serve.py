@@ -86,6 +86,23 @@ def test_a_cache_directory_that_cannot_be_used_is_one_line_and_exit_code_2(
     assert err.startswith(f"stepwire: STEPWIRE_CACHE_DIR: '{tmp_path}/file' cannot be used by user ")
 
 
+def test_a_data_directory_that_cannot_be_made_is_one_line_and_exit_code_2(command: Any, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "file").touch()
+    code, out, err = command(
+        "serve",
+        "--device",
+        "cpu",
+        "--bind",
+        "127.0.0.1:0",
+        "--data-dir",
+        str(tmp_path / "file"),
+        "--log-level",
+        "error",
+    )
+    assert (code, out) == (2, "")
+    assert err == f"stepwire: data_dir: '{tmp_path}/file' cannot be made: File exists; name a folder of this user\n"
+
+
 def test_a_port_that_is_taken_is_one_line_and_exit_code_2(command: Any, server: Any) -> None:
     code, out, err = command("serve", "--bind", server.target, "--device", "cpu", "--log-level", "error")
     assert (code, out) == (2, "")

@@ -168,6 +168,8 @@ def test_loopback_needs_nothing() -> None:
 def test_beyond_loopback_callers_bring_tokens_and_the_line_is_encrypted() -> None:
     with pytest.raises(InvalidRequestError, match="nothing would be asked of a caller; give --tokens"):
         checked_address(ServerConfig(metrics="0.0.0.0:9464", insecure=True), "metrics")
+    with pytest.raises(InvalidRequestError, match="give --tokens with a token of the role reader, or a loopback"):
+        checked_address(ServerConfig(status="0.0.0.0:9565", insecure=True), "status")
     with pytest.raises(InvalidRequestError, match="the token would travel in the clear; give --tls-cert"):
         checked_address(ServerConfig(metrics="0.0.0.0:9464", tokens="tokens"), "metrics")
     for accepted in ({"insecure": True}, {"tls_cert": "cert.pem"}):
