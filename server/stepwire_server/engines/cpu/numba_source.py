@@ -91,7 +91,6 @@ _BLOCK_UPDATE = """def {name}({arguments}):
 # processor. On a GPU each lane is a thread. `fastmath` is no faster: memory is the limit.
 _SUM = """def {name}({arguments}):
     {casts}
-    values = empty(1024, float32)
     {lanes}
     for block_low in range(first, first + size, block):
         block_high = min(block_low + block, first + size)
@@ -122,7 +121,9 @@ class _Squares(NamedTuple):
         gradient: the name of the gradient's wire dtype.
         scalars: the names of the numbers that the body needs.
         body: the statements for element i.
-        squared: the names of the arrays whose squares are summed.
+        squared: the numbers of element i whose squares are summed.
+        costly: the body is slow with the few elements at a time that float64 allows, so that a loop of its own pays;
+            else one loop does all, for memory is idle while a second one adds.
     """
 
     arrays: Sequence[str]
@@ -130,6 +131,7 @@ class _Squares(NamedTuple):
     scalars: Sequence[str]
     body: Sequence[str]
     squared: Sequence[str]
+    costly: bool
 
 
 def update_source(recipe: Recipe, name: str, gradient: str, reply: str | None) -> str:
@@ -170,22 +172,23 @@ def sum_source(name: str, gradient: str, accumulated: bool) -> str:
     """Write the module with the kernel `name`; `NumbaKernels.sum_of_squares` has its arguments."""
     value = f"scaled({gradient_value(gradient)}, factor)"
     value = f"added({value}, accumulated_now[i])" if accumulated else value
+    costly = gradient not in {"float32", "bfloat16"}
     functions: list[Callable[..., Any]] = [codec_of("decode", gradient), scaled, added]
     arrays = ["accumulated_all"] if accumulated else []
-    return _summing(name, _Squares(arrays, gradient, ("factor",), [f"values[i] = {value}"], ["values"]), functions)
+    return _summing(name, _Squares(arrays, gradient, ("factor",), [f"value = {value}"], ["value"], costly), functions)
 
 
 def measure_source(recipe: Recipe, name: str, gradient: str) -> str:
     """Write the module with the kernel `name`; `NumbaKernels.measure` has its arguments."""
     stages = recipe.direction_stages
     loads = _loads(recipe, gradient, "{}_absmax[(start + low + i) // 256]")
-    body = [*loads, *(_call(stage) for stage in stages), "values[i] = u"]
+    body = [*loads, *(_call(stage) for stage in stages)]
     functions: list[Callable[..., Any]] = [
         codec_of("decode", gradient),
         *_slot_codecs(recipe),
         *functions_of_stages(stages),
     ]
-    work = _Squares(arrays_of(recipe), gradient, recipe.scalars[:-1], body, ["p_now", "values"])
+    work = _Squares(arrays_of(recipe), gradient, recipe.scalars[:-1], body, ["p_now[i]", "u"], costly=True)
     return _summing(name, work, functions)
 
 
@@ -214,15 +217,17 @@ def seeds_of(recipe: Recipe) -> list[str]:
 
 def _summing(name: str, work: _Squares, functions: Iterable[Callable[..., Any]]) -> str:
     """Write a module with a kernel that sums the squares of some float32 arrays, in a fixed order."""
-    arrays, gradient, scalars, body, squared = work
+    arrays, gradient, scalars, body, squared, costly = work
     windowed = [array for array in arrays if array.endswith("_all")]
     views = [*(view_of(array, "start", BLOCKWISE) for array in windowed), gradient_view(gradient, BLOCKWISE)]
     scratch = gradient_scratch(gradient, 1024)
-    additions = []
-    for k, values in enumerate(squared):
-        additions.append(
-            f"for i in range(high - low):\n                lanes_{k}[i] += float64({values}[i]) * float64({values}[i])"
-        )
+    if costly:
+        scratch += [f"values_{k} = empty(1024, float32)" for k in range(len(squared))]
+        body = [*body, *(f"values_{k}[i] = {value}" for k, value in enumerate(squared))]
+        squared = [f"values_{k}[i]" for k in range(len(squared))]
+    additions = [f"lanes_{k}[i] += float64({value}) * float64({value})" for k, value in enumerate(squared)]
+    if not costly:
+        body, additions = [*body, *additions], []
     kernel = _SUM.format(
         name=name,
         arguments=", ".join([*arrays, "gradient", "start", "begin", "first", "size", "block", "partials", *scalars]),
@@ -231,7 +236,7 @@ def _summing(name: str, work: _Squares, functions: Iterable[Callable[..., Any]])
         clear=lines_of([f"lanes_{k}[:] = 0.0" for k in range(len(squared))], 8),
         views=lines_of(views, 12),
         body=lines_of(body, 16),
-        additions=lines_of(additions, 12),
+        additions=lines_of([f"for i in range(high - low):\n                {each}" for each in additions], 12),
         folds=lines_of([_FOLD.format(k=k) for k in range(len(squared))], 8),
     )
     return module_of(name, functions, kernel)
