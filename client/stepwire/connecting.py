@@ -115,11 +115,12 @@ def move_session(
 
     Its client follows by itself, and sees one slow step. The bits of all steps are those of a session that has not
     moved. Before the end of the move the session stays where it is, whatever fails; a move that broke off is made
-    again, or completed, by the same call.
+    again, or completed, by the same call. A session that an earlier move has brought to these servers stays there.
 
     Args:
-        session_id: the session's id; with shards `Session.session_id`, or the ids in it.
-        target: the servers that have it; see `connect`. The first one may name them all as a directory does.
+        session_id: the session's id; with shards `Session.session_id`, or the ids in it. A former id is one too.
+        target: the servers that have it, or those of the former id; see `connect`. The first one may name them all as
+            a directory does.
         onto: the servers that are to have it, in the order of its new shards, as its clients name them. A server may
             be among both.
         timeout: seconds for everything.

@@ -67,7 +67,8 @@ class Move:
     def make(self, session_id: str, deadline: Deadline) -> str:
         """Move a session, and return the id that it has from now on.
 
-        A session that was moved before keeps its place: what a broken move left open is completed.
+        What a broken move left open is completed first. A session that an earlier move has brought to these servers
+        stays there; one that is at others moves from those.
 
         Raises:
             UnsupportedFeatureError: the session has what cannot be moved; the message names it.
@@ -76,10 +77,12 @@ class Move:
                 known, the message says so.
         """
         places = self._here.successors.places(session_id.split(","))
-        try:
-            self._former = fan_out([functools.partial(self._find, place, deadline) for place in places])
-        except SessionMovedError:
-            return self._completed(places, deadline)
+        moved = False
+        while not self._found(places, deadline):
+            places, moved = self._completed(places, deadline), True
+        have = [server.calls.target for server, _ in self._former]
+        if moved and have == [server.calls.target for server in self._there]:
+            return ",".join(link.description.session_id for _, link in self._former)
         try:
             self._copy(deadline)
         except BaseException:
@@ -88,6 +91,14 @@ class Move:
         return self._hand_over(deadline)
 
     # --- before the decision -----------------------------------------------------------------------------
+
+    def _found(self, places: Sequence[ShardPlace], deadline: Deadline) -> bool:
+        """Find the shards at these places; false if they have moved from there."""
+        try:
+            self._former = fan_out([functools.partial(self._find, place, deadline) for place in places])
+        except SessionMovedError:
+            return False
+        return True
 
     def _find(self, place: ShardPlace, deadline: Deadline) -> FoundShard:
         return FoundShard(
@@ -245,14 +256,14 @@ class Move:
         if refused:
             raise refused[0]
 
-    def _completed(self, places: Sequence[ShardPlace], deadline: Deadline) -> str:
-        """Complete an earlier move: its first shard has the record, and others perhaps not.
+    def _completed(self, places: Sequence[ShardPlace], deadline: Deadline) -> list[ShardPlace]:
+        """Complete an earlier move, whose first shard has the record and others perhaps not; return where it led.
 
         Raises:
             StepwireError: the failure of a server.
         """
-        successor = move_pb2.Successor()
-        for place in self._here.successors.followed(places, deadline):
+        successor, followed = move_pb2.Successor(), self._here.successors.followed(places, deadline)
+        for place in followed:
             successor.shards.add(session_id=place.session_id, target=place.servers[0].calls.target)
 
         def complete(place: ShardPlace) -> None:
@@ -262,7 +273,7 @@ class Move:
                 return
 
         fan_out([functools.partial(complete, place) for place in places])
-        return ",".join(each.session_id for each in successor.shards)
+        return followed
 
     @staticmethod
     def _ask(shard: FoundShard, method: str, request: Any, response: Any, deadline: Deadline) -> Any:

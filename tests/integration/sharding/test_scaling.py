@@ -158,7 +158,24 @@ def test_the_former_id_finds_the_session_where_it_is(servers: list[Server], open
         assert (again.session_id, len(again.shards), again.applied_step) == (third, 1, 1)
         assert same_bits(again.state(), session.state())
         assert session.session_id == third
-        assert stepwire.move_session(former, [s.target for s in servers], [servers[0].target]) == second
+
+
+def test_a_move_by_a_former_id_moves_the_session_from_where_it_is(servers: list[Server], opened: Opened) -> None:
+    client, known = over(servers, opened, 2), [server.target for server in servers[:2]]
+    with client.create_session(arrays(SHAPES, 0)) as session:
+        session.step(arrays(SHAPES, 1))
+        former = session.session_id
+        second = moved(session, servers, 2, first=2)
+        assert stepwire.move_session(former, known, [servers[2].target, servers[3].target]) == second  # it is there
+        third = stepwire.move_session(former, known, [servers[4].target, servers[0].target])
+        assert stepwire.move_session(former, known, [servers[4].target, servers[0].target]) == third
+        back = stepwire.move_session(former, known, [servers[2].target, servers[3].target])
+        assert len({former, second, third, back}) == 4
+        assert session.step(arrays(SHAPES, 2)) is not None
+        assert (session.session_id, session.applied_step) == (back, 2)
+        held = [{each.session_id for each in opened((server.target,)).sessions()} for server in servers]
+        first, last = back.split(",")
+        assert first in held[2] and last in held[3]
 
 
 def test_a_request_that_comes_again_finds_its_session_where_it_is(servers: list[Server], opened: Opened) -> None:
