@@ -87,8 +87,16 @@ def _workers(numbers: Sequence[move_pb2.StateNumbers], count: int) -> list[list[
     moved: list[list[move_pb2.WorkerNumbers]] = [[] for _ in range(count)]
     for parts in zip(*(each.workers for each in numbers), strict=True):
         for own, result in zip(moved, _results(parts, count), strict=True):
-            number = parts[0].contribution
-            own.append(move_pb2.WorkerNumbers(worker=parts[0].worker, contribution=number, last_result=result))
+            follows = any(part.present for part in parts)  # its stream to another shard may be new just now
+            own.append(
+                move_pb2.WorkerNumbers(
+                    worker=parts[0].worker,
+                    contribution=parts[0].contribution,
+                    last_result=result,
+                    present=follows,
+                    clock=max(part.clock for part in parts),
+                )
+            )
     return moved
 
 

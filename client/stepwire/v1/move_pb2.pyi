@@ -37,14 +37,18 @@ class WorkerNumber(_message.Message):
     def __init__(self, worker: _Optional[int] = ..., contribution: _Optional[int] = ...) -> None: ...
 
 class WorkerNumbers(_message.Message):
-    __slots__ = ("worker", "contribution", "last_result")
+    __slots__ = ("worker", "contribution", "last_result", "present", "clock")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTION_FIELD_NUMBER: _ClassVar[int]
     LAST_RESULT_FIELD_NUMBER: _ClassVar[int]
+    PRESENT_FIELD_NUMBER: _ClassVar[int]
+    CLOCK_FIELD_NUMBER: _ClassVar[int]
     worker: int
     contribution: int
     last_result: _step_pb2.StepResult
-    def __init__(self, worker: _Optional[int] = ..., contribution: _Optional[int] = ..., last_result: _Optional[_Union[_step_pb2.StepResult, _Mapping]] = ...) -> None: ...
+    present: bool
+    clock: int
+    def __init__(self, worker: _Optional[int] = ..., contribution: _Optional[int] = ..., last_result: _Optional[_Union[_step_pb2.StepResult, _Mapping]] = ..., present: bool = ..., clock: _Optional[int] = ...) -> None: ...
 
 class ImportOpen(_message.Message):
     __slots__ = ("session_id", "attach_token")

@@ -44,6 +44,8 @@ def encode_numbers(captured: Captured) -> move_pb2.StateNumbers:
     for each in captured.members:
         if each.acquired:  # else it has never joined
             worker = message.workers.add(worker=each.worker, contribution=each.contribution)
+            if (clock := captured.present.get(each.worker)) is not None:
+                worker.present, worker.clock = True, clock
             if each.last_result is not None:
                 encode_result(msgspec.msgpack.decode(each.last_result, type=StepResult), 0, worker.last_result)
     return message
@@ -86,7 +88,9 @@ def decode_numbers(message: move_pb2.StateNumbers, config: SessionConfig) -> Imp
     if result is not None and (result.step != message.step or len(result.groups) != len(config.groups)):
         raise _wrong("last_result", f"it is of step {result.step} and {len(result.groups)} groups")
     snapshot = Snapshot(message.step, message.load, tuple(message.tensor_steps), loss_scale, scalars)
-    return ImportedNumbers(snapshot, message.sum_bound, result, tuple(_decode_workers(message, config)))
+    workers = tuple(_decode_workers(message, config))
+    present = {each.worker: each.clock for each in message.workers if each.present}
+    return ImportedNumbers(snapshot, message.sum_bound, result, workers, present)
 
 
 def _decode_workers(message: move_pb2.StateNumbers, config: SessionConfig) -> Iterator[MemberFacts]:
@@ -103,8 +107,9 @@ def _decode_workers(message: move_pb2.StateNumbers, config: SessionConfig) -> It
             raise _wrong(
                 f"{field}.worker", f"{each.worker} is not in ({former}, {most}): name each worker once, by index"
             )
-        if each.contribution >= _COUNTER_END:
-            raise _wrong(f"{field}.contribution", f"{each.contribution} is not below 2^53")
+        if (late := max(each.contribution, each.clock)) >= _COUNTER_END:
+            counter = "contribution" if late == each.contribution else "clock"
+            raise _wrong(f"{field}.{counter}", f"{late} is not below 2^53")
         if each.HasField("last_result") != (each.contribution > 0):
             raise _wrong(f"{field}.last_result", "it is set exactly if the worker has contributed")
         if each.contribution:

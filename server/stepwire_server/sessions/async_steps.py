@@ -100,12 +100,12 @@ class AsyncSteps(Contributions):
         Raises:
             NotEnoughWorkersError: it has waited for long enough.
         """
-        lead, members = self.aggregation.max_clock_lead, self.parts.ledger.members
-        others = [other for other in members if other.worker.attached and other is not member]
+        lead, members, now = self.aggregation.max_clock_lead, self.parts.ledger.members, self.parts.clock()
+        others = [other for other in members if other.is_present(now) and other is not member]
         slowest = min(others, key=lambda other: other.clock, default=member)
         if lead is None or member.clock - slowest.clock <= lead:
             return False
-        left = arrived + self.aggregation.round_timeout - self.parts.clock()
+        left = arrived + self.aggregation.round_timeout - now
         if left <= 0.0:
             index = slowest.worker.index
             raise NotEnoughWorkersError(
@@ -115,7 +115,8 @@ class AsyncSteps(Contributions):
             )
         if step.slot is not None:  # the slowest worker needs one
             step.slot.release()
-        self.changed.wait(left)
+        awaited = 0.0 if slowest.worker.attached else slowest.awaited_until - now
+        self.changed.wait(min(left, awaited) if awaited else left)
         return True
 
     def _number(self, step: Step, staleness: int) -> None:

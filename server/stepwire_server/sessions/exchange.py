@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import queue
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final, NamedTuple
 
 from stepwire.errors import StateChangedError
@@ -48,6 +48,7 @@ class Captured(NamedTuple):
         blocks: the blocks of all slots, in any order.
         probed: the values that a shadow step begins with; None for none.
         end: ends the capture: steps copy nothing for it any more.
+        present: of several workers, the clocks of those that follow a move.
     """
 
     numbers: Snapshot
@@ -61,6 +62,7 @@ class Captured(NamedTuple):
     blocks: Iterator[Block] = iter(())
     probed: ProbedValues | None = None
     end: Callable[[], object] = lambda: None
+    present: Mapping[int, int] = {}
 
 
 _RETRY_SECONDS: Final = 0.1

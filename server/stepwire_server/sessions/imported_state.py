@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from stepwire.errors import InvalidRequestError, StateChangedError
@@ -30,12 +31,14 @@ class ImportedNumbers(NamedTuple):
         sum_bound: no element of the accumulated gradient is larger in magnitude.
         last_result: the result of the last step; None for none.
         members: the facts of several workers, each with its first hold; empty for one.
+        present: the clocks of those workers that follow.
     """
 
     snapshot: Snapshot
     sum_bound: float
     last_result: StepResult | None
     members: tuple[MemberFacts, ...] = ()
+    present: Mapping[int, int] = {}
 
 
 class ImportedState:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import msgspec
 
@@ -16,6 +17,8 @@ from stepwire_server.steps.step import Hold
 __all__ = ["Member", "Members"]
 
 _RETRY_SECONDS = 0.5
+_FOLLOWING_SECONDS = 30.0
+"""The time for which a worker whose session has moved counts as present."""
 
 
 class Member:
@@ -27,9 +30,11 @@ class Member:
         result: its result, for a replay; None before the first.
         told: the result has been sent.
         clock: the contributions since it joined, and those of the slowest worker that it joined.
+        awaited_until: the clock reading until which it is present without a stream: its session has moved, and it
+            follows; -inf for no such time.
     """
 
-    __slots__ = ("clock", "number", "result", "told", "worker")
+    __slots__ = ("awaited_until", "clock", "number", "result", "told", "worker")
 
     def __init__(self, index: int, tokens: AttachTokens) -> None:
         """Start without a contribution."""
@@ -38,6 +43,11 @@ class Member:
         self.result: StepResult | None = None
         self.told = False
         self.clock = 0
+        self.awaited_until = -math.inf
+
+    def is_present(self, now: float) -> bool:
+        """Tell whether the worker has a stream, or is about to have one again."""
+        return self.worker.attached or now < self.awaited_until
 
     def admit(self, number: int) -> bool:
         """Return True for the next contribution and False for a replay of the last one.
@@ -106,11 +116,27 @@ class Members:
         """Iterate over the workers that have attached so far, by index."""
         return iter([self._members[index] for index in sorted(self._members)])
 
-    def join(self, member: Member) -> None:
+    def join(self, member: Member, now: float) -> None:
         """Have a worker that comes begin beside the slowest present one: nobody waits until it has caught up."""
-        if not member.worker.attached:
-            present = [other.clock for other in self._members.values() if other.worker.attached]
+        if not member.is_present(now):
+            present = [other.clock for other in self._members.values() if other.is_present(now)]
             member.clock = max(member.clock, min(present, default=0))
+        member.awaited_until = -math.inf
+
+    def await_followers(self, clocks: Mapping[int, int], now: float) -> None:
+        """Count workers as present until they have followed their session, with the clocks that they had."""
+        for index, clock in clocks.items():
+            self[index].clock, self[index].awaited_until = clock, now + _FOLLOWING_SECONDS
+
+    def await_no_longer(self, came: Collection[int]) -> None:
+        """Count workers that have not followed by the end of a round as absent, but those that came."""
+        for index, member in self._members.items():
+            if index not in came:
+                member.awaited_until = -math.inf
+
+    def present(self, now: float) -> dict[int, int]:
+        """Return the present workers, by index, with their clocks."""
+        return {index: member.clock for index, member in self._members.items() if member.is_present(now)}
 
     @property
     def acquisitions(self) -> int:
@@ -166,14 +192,15 @@ class Members:
         """The indices of the workers that have a stream."""
         return frozenset(index for index, member in self._members.items() if member.worker.attached)
 
-    def vacant(self, acquisition: int = 0) -> int:
-        """Return the lowest index that was never held, or else that has no stream.
+    def vacant(self, acquisition: int, now: float) -> int:
+        """Return the lowest index that was never held, or else of a worker that is not present.
 
         Args:
-            acquisition: the client's number of its attempts. The worker that an earlier one got comes first.
+            acquisition: the client's number of its attempts, or 0. The worker that an earlier one got comes first.
+            now: the clock reading.
 
         Raises:
-            ResourceExhaustedError: all have one.
+            ResourceExhaustedError: all are present.
         """
         if acquisition:
             for index, member in self._members.items():
@@ -183,7 +210,7 @@ class Members:
             if index not in self._members or not self._members[index].worker.holder.generation:
                 return index
         for index in range(self.most):
-            if not self._members[index].worker.attached:
+            if not self._members[index].is_present(now):
                 return index
         raise ResourceExhaustedError(
             f"all {self.most} workers of the session are attached; wait until one leaves, or create it with more",

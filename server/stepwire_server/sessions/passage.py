@@ -86,13 +86,14 @@ class Passage:
             present = ledger.applied_step if half is None else half.number
             bounds, numbers = [last_contributions or {}], self._numbers()
             self._check_workers(bounds[0])
-            former = ledger.freeze
+            former, followers = ledger.freeze, self._present()
             if former is not None and former.move_id == move_id and not former.is_over:
                 last_step = max(last_step, former.last_step)
                 bounds.append(former.last_contributions)
+                followers = former.present | followers
             if former is None or not former.is_lasting:
                 last = _largest(numbers, *bounds)
-                former = Freeze(move_id, max(last_step, present), seconds, self._clock, last)
+                former = Freeze(move_id, max(last_step, present), seconds, self._clock, last, followers)
             ledger.freeze = former
             if self._contributions is not None:
                 self._contributions.rest(former)
@@ -119,10 +120,12 @@ class Passage:
         """
         with self._lock:
             last_step = self._at_rest(move_id)
+            assert self._ledger.freeze is not None
+            followers = self._ledger.freeze.present | self._present()
         with self._exchange.captured() as captured:
             if captured.numbers.step != last_step:
                 raise _not_frozen(move_id)
-            yield captured
+            yield captured._replace(present=followers)
 
     @contextlib.contextmanager
     def leaving(self, rest: Rest | None) -> Iterator[Mapping[int, Hold]]:
@@ -186,12 +189,18 @@ class Passage:
             members=numbers.members,
         )
         self._exchange.restored(imported.incoming, captured)
+        with self._lock:
+            self._ledger.members.await_followers(numbers.present, self._clock())
         return self._ledger.members.tokens.key
 
     def _numbers(self) -> dict[int, int]:
         """Return the last contribution of each worker that has joined; nothing for one worker. Under the lock."""
         several = self._contributions is not None
         return {index: member.number for index, member in self._ledger.members.joined().items()} if several else {}
+
+    def _present(self) -> dict[int, int]:
+        """Return the clocks of the workers that are present; nothing for one worker. Under the lock."""
+        return {} if self._contributions is None else self._ledger.members.present(self._clock())
 
     def _check_workers(self, numbers: Mapping[int, int]) -> None:
         """Refuse numbers of workers that the session cannot have. Under the lock.

@@ -243,7 +243,7 @@ class Rounds(Contributions):
     # --- the round ---------------------------------------------------------------------------------------
 
     def _ends_at(self, round_: Round) -> float:
-        return round_.ends_at(self.parts.ledger.members.attached, self._grace)
+        return round_.ends_at(self.parts.ledger.members.present(self.parts.clock()), self._grace)
 
     def _advance(self, round_: Round, step: Step, *, decided: bool = False) -> None:
         """Go on with a round, or wait until something changes.
@@ -354,6 +354,7 @@ class Rounds(Contributions):
             if each.rows and isinstance(each.writer, SharedReplyWriter):
                 self.parts.commits.reply_rows(each.asked, each.writer.alone(), each.rows)
         self._clear()
+        self.parts.ledger.members.await_no_longer([each.part.worker for each in round_])
         round_.result, self._round = result, None
         self.wake()
 

@@ -88,6 +88,7 @@ class Session:
         self.config = config
         self.tenant = self.request_id = ""
         self._rate: StepRate | None = None
+        self._clock = clock
         workers = 1 if config.aggregation is None else config.aggregation.workers
         self._ledger = Ledger(session_id, epoch=epoch, ready=config.start_at_zero, workers=workers)
         self._lock = SessionLock()
@@ -260,10 +261,11 @@ class Session:
             self.ledger.check_open()
             self.ledger.check_durable(durable_step)
             members, freeze = self.ledger.members, self.ledger.freeze
-            member = members[members.vacant(acquisition) if worker is None else worker]
+            now = self._clock()
+            member = members[members.vacant(acquisition, now) if worker is None else worker]
             if freeze is not None and not member.worker.holder.acquired:
                 freeze.check_worker(member.worker.index)
-            members.join(member)
+            members.join(member, now)
             held = member.worker
             holder = held.renew(token, stream) if token else held.acquire(stream, acquisition)
             if holder.acquired == holder.generation:

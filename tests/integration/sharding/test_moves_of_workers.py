@@ -43,13 +43,13 @@ class Workers:
             stack.enter_context(stepwire.connect(found, transport=transport, timeout=60.0, retry=retry))
             for _ in range(WORKERS)
         ]
-        self._options = {"optimizer": ADAM, "aggregation": ROUNDS, "request_id": uuid.uuid4().hex} | options
+        self.options = {"optimizer": ADAM, "aggregation": ROUNDS, "request_id": uuid.uuid4().hex} | options
         self.sessions: list[Any] = []
         self._present = ""
 
     def join(self, worker: int | str, client: int = 0) -> Any:
         """Make a session, or find it."""
-        session: Any = self._clients[client].create_session(ZEROS, worker=worker, **self._options)
+        session: Any = self._clients[client].create_session(ZEROS, worker=worker, **self.options)
         self.sessions.append(session)
         return session
 
@@ -205,9 +205,27 @@ def test_a_worker_that_the_server_chose_stays_the_one_that_it_is(
     for client in range(WORKERS):
         workers.join("any", client).attach()
     assert [session.worker for session in workers.sessions] == [0, 1, 2]
-    workers.move(2, 3)
+    workers.move(1)
+    with stepwire.connect(targets[0], timeout=0.5) as newcomer, pytest.raises(stepwire.StepwireError) as refused:
+        newcomer.create_session(ZEROS, worker="any", **workers.options).attach()
+    assert isinstance(refused.value, stepwire.ResourceExhaustedError | stepwire.DeadlineExceededError)
     assert workers.step(0) == [expected()[0]] * WORKERS
+    workers.move(2, 3)
+    assert workers.step(1) == [expected()[1]] * WORKERS
     assert [session.worker for session in workers.sessions] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("onto", [(1,), (2, 3)])
+def test_a_round_of_some_workers_awaits_all_that_follow(
+    targets: list[str], stack: contextlib.ExitStack, onto: tuple[int, ...]
+) -> None:
+    aggregation = stepwire.Aggregation(workers=WORKERS, required_workers=2, least_grace=100.0, most_grace=100.0)
+    workers = Workers(stack, targets, aggregation=aggregation, non_finite="allow").join_all()
+    for session in workers.sessions:
+        session.attach()
+    workers.move(*onto)
+    assert workers.step(0) == [expected()[0]] * WORKERS
+    assert all(len(session.last_result.round.contributors) == WORKERS for session in workers.sessions)
 
 
 def test_of_several_servers_none_chooses_the_worker(targets: list[str], stack: contextlib.ExitStack) -> None:
