@@ -116,7 +116,8 @@ def send_load(
         attach_token=opening.attach_token,
         load=opening.load,
         epoch=opening.epoch,
-        applied_step=opening.step,
+        applied_step=opening.step if opening.HasField("step") else None,
+        worker=opening.worker,
     )
     load.origin.fill(request)
     # A stream of one message is a unary call on the wire, and `unary` would repeat it under a hold that has been lost.

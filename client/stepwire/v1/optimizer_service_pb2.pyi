@@ -285,7 +285,7 @@ class DeleteCheckpointResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class RollbackRequest(_message.Message):
-    __slots__ = ("session_id", "attach_token", "load", "epoch", "applied_step", "checkpoint", "step")
+    __slots__ = ("session_id", "attach_token", "load", "epoch", "applied_step", "checkpoint", "step", "worker")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     ATTACH_TOKEN_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
@@ -293,6 +293,7 @@ class RollbackRequest(_message.Message):
     APPLIED_STEP_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     attach_token: int
     load: int
@@ -300,7 +301,8 @@ class RollbackRequest(_message.Message):
     applied_step: int
     checkpoint: str
     step: int
-    def __init__(self, session_id: _Optional[str] = ..., attach_token: _Optional[int] = ..., load: _Optional[int] = ..., epoch: _Optional[int] = ..., applied_step: _Optional[int] = ..., checkpoint: _Optional[str] = ..., step: _Optional[int] = ...) -> None: ...
+    worker: int
+    def __init__(self, session_id: _Optional[str] = ..., attach_token: _Optional[int] = ..., load: _Optional[int] = ..., epoch: _Optional[int] = ..., applied_step: _Optional[int] = ..., checkpoint: _Optional[str] = ..., step: _Optional[int] = ..., worker: _Optional[int] = ...) -> None: ...
 
 class RollbackResponse(_message.Message):
     __slots__ = ("session", "replayed")

@@ -21,6 +21,7 @@ class LoadRequest(NamedTuple):
         dtype: the encoding of the chunks.
         epoch: the epoch the client knows; 0 skips the check.
         step: the session's new applied step; None leaves it.
+        place: a place in an accumulation, and its length: the step rises to the next number at that place.
         tensor_steps: the updates that each tensor has had, in layout order; empty leaves them.
         loss_scale: the new state of loss scaling; None leaves it.
         tensor_scalars: the scalar of each tensor, in layout order. Empty leaves them, or beside `tensor_steps` derives
@@ -42,3 +43,11 @@ class LoadRequest(NamedTuple):
     sum_bound: float | None = None
     by_rows: bool = False
     tables: tuple[tuple[int, int], ...] = ()
+    place: tuple[int, int] | None = None
+
+    def placed(self, applied_step: int) -> LoadRequest:
+        """Return the request with the number of its step, for a session that is at a step."""
+        if self.place is None:
+            return self
+        (place, length), least = self.place, applied_step if self.step is None else self.step
+        return self._replace(step=least + (place - least) % length, place=None)

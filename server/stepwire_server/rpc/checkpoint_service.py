@@ -92,7 +92,8 @@ class CheckpointService:
             raise InvalidRequestError.of("applied_step", f"{step} is not below 2^53")
         numbers = LoadRequest(request.load, (), epoch=request.epoch, step=step)
         with self._serving.drain.admit(), session.calls.one():
-            done = self._rollbacks.roll_back(session, session.holder_of(request.attach_token), numbers, origin)
+            holder = session.holder_of(request.attach_token, request.worker)
+            done = self._rollbacks.roll_back(session, holder, numbers, origin)
         return pb.RollbackResponse(
             session=encode_session(session, self._registry.clock(), whole=False), replayed=not done
         )

@@ -368,8 +368,8 @@ class StateExchange:
             ResourceExhaustedError: a table has no room for new ids; the state is as before.
             DataLossError: DURABILITY_FAILED; the load may be lost with the server.
         """
-        request = load.request
         with self._lock:
+            load.request = request = load.request.placed(self._ledger.applied_step)
             following = self._ledger.admit_load(request, load.holder)
             if following:
                 self._commit_load(load)

@@ -154,10 +154,8 @@ def _blocks(session: Session, checkpoint: Checkpoint) -> Iterator[Block]:
 
 def _with_numbers(session: Session, request: LoadRequest, values: _Values) -> LoadRequest:
     numbers, every = values.numbers, session.config.treatment.accumulation_steps
-    if every > 1:  # the place in an accumulation is the step modulo this, so the number goes on to the same place
-        step = session.ledger.applied_step if request.step is None else request.step
-        request = request._replace(step=step + (numbers.step - step) % every)
     return request._replace(
+        place=(numbers.step % every, every) if every > 1 else None,
         slots=session.slots,
         tensor_steps=numbers.tensor_steps,
         tensor_scalars=numbers.tensor_scalars,

@@ -400,7 +400,7 @@ KNOWN_FIELDS: dict[Any, set[str]] = {
     pb.VerifyCheckpointRequest: {"session_id", "name"},
     pb.DeleteCheckpointRequest: {"session_id", "name"},
     pb.GetStatisticsRequest: {"interval"},
-    pb.RollbackRequest: {"session_id", "attach_token", "load", "epoch", "applied_step", "checkpoint", "step"},
+    pb.RollbackRequest: {"session_id", "attach_token", "load", "epoch", "applied_step", "checkpoint", "step", "worker"},
     pb.ForkSessionRequest: {
         "session_id",
         "request_id",
