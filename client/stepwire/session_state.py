@@ -12,7 +12,7 @@ from stepwire.arrays.packing import Packer
 from stepwire.arrays.rows import Rows
 from stepwire.arrays.trees import Structure, Tree
 from stepwire.connection.errands import by_errands
-from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
+from stepwire.errors import InvalidRequestError, SessionMovedError, UnsupportedFeatureError
 from stepwire.links import checkpoints as calls
 from stepwire.links.link import Load, SessionLink, StateOrigin
 from stepwire.links.snapshots import snapshot_of
@@ -340,11 +340,15 @@ class StateCalls:
             timeout=timeout,
         )
         with (link := self._link).lock:
-            if options.origin.checkpoint is not None:
-                calls.check_everywhere(link, options.origin, link.deadline(timeout))
-            elif options.origin.step is None:
-                link.make_sure(link.deadline(timeout))
-            return cast(Self, self._fork(link.description.session_id, self._structure, options))
+            while True:
+                if options.origin.checkpoint is not None:
+                    calls.check_everywhere(link, options.origin, link.deadline(timeout))
+                elif options.origin.step is None:
+                    link.make_sure(link.deadline(timeout))
+                try:
+                    return cast(Self, self._fork(link.description.session_id, self._structure, options))
+                except SessionMovedError:
+                    link.info(link.deadline(timeout))  # this follows it
 
 
 def _origin(step: int | None, checkpoint: str | None) -> StateOrigin:

@@ -11,7 +11,7 @@ import pytest
 
 import stepwire
 from stepwire_server.server import Server
-from tests.integration.sharding.pair import SHAPES, Opened, Pair, arrays
+from tests.integration.sharding.pair import SHAPES, Opened, Pair, arrays, over
 from tests.integration.training import bits
 from tests.support.lost_replies import lost_replies
 from tests.support.numpy_server import numpy_server
@@ -203,3 +203,17 @@ def test_a_client_that_keeps_steps_follows_too_and_forks_where_the_session_is(tm
             assert fork.applied_step == 6
             found = {each.session_id for each in stack.enter_context(stepwire.connect(second.target)).sessions()}
             assert fork.session_id in found
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_fork_follows_where_no_other_call_has(servers: list[Server], opened: Opened, shards: int) -> None:
+    client = over(servers, opened, shards)
+    with client.create_session(arrays(SMALL, 0), **OPTIONS) as session:
+        found = moved(session, servers, 3)
+        with pytest.raises(stepwire.UnsupportedFeatureError, match="memory"):
+            session.fork()
+        assert session.session_id == found
+        again = moved(session, servers, 4)
+        with pytest.raises(stepwire.UnsupportedFeatureError, match="memory"):
+            session.fork(step=0)
+        assert session.session_id == again
