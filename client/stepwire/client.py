@@ -12,7 +12,7 @@ import numpy.typing as npt
 from google.protobuf import duration_pb2
 
 from stepwire.arrays.error_feedback import check_feedback
-from stepwire.arrays.groups import check_choice, grouped
+from stepwire.arrays.groups import grouped
 from stepwire.arrays.packing import Arrays
 from stepwire.arrays.tensor_specs import described, tensor_specs
 from stepwire.arrays.trees import Structure, flattened, structure_like
@@ -27,6 +27,7 @@ from stepwire.links.server import LinkOptions, ServerLink
 from stepwire.loggers import Logger, checked_logger
 from stepwire.optimizers import Adam, Optimizer
 from stepwire.optimizers.aggregation import Aggregation, aggregation_to_wire
+from stepwire.optimizers.arguments import check_choice
 from stepwire.optimizers.durability import Durability, DurabilityLevel, durability_to_wire
 from stepwire.optimizers.gradient_treatment import (
     ClipFormula,
@@ -229,7 +230,7 @@ class Client:
         )
         durability_to_wire(Durability.of(durability, "durability"), config)
         check_feedback(sent, error_feedback, semantics)
-        link = self._server.create(config, _request_id(request_id), timeout, _link_options(worker, error_feedback))
+        link = self._server.create(config, _request_id(request_id), timeout, _options(worker, error_feedback, config))
         if request_id is None:  # nobody else knows the session, so nobody would end it
             undelivered(link.close)
         self._initialize(link, {} if made else tree.named, timeout)
@@ -266,7 +267,7 @@ class Client:
         structure = structure_like(like)
         ids = [session_id] if isinstance(session_id, str) or not isinstance(session_id, Sequence) else session_id
         joined = ",".join(checked_text(each, "session_id") for each in ids)
-        link = self._server.find(joined, timeout, _link_options(worker, error_feedback))
+        link = self._server.find(joined, timeout, _options(worker, error_feedback))
         return Session(link, structure, fork=self._forked, observed=self._observed(link, logger))
 
     def sessions(self, *, timeout: float | None = None) -> Iterator[SessionInfo]:
@@ -352,17 +353,18 @@ class Client:
             link.initialize(parameters, link.deadline(timeout))
 
 
-def _link_options(worker: Worker, error_feedback: bool) -> LinkOptions:
-    """Return the options of a link.
+def _options(worker: Worker, error_feedback: bool, config: session_pb2.SessionConfig | None = None) -> LinkOptions:
+    """Return the options of a link to a session, of a config if that is known.
 
     Raises:
         InvalidRequestError: the worker is no index.
     """
+    workers = _MOST_WORKERS if config is None else config.aggregation.workers or 1
     if worker == "any":
         return LinkOptions(error_feedback, None)
     index = whole_number(worker, "worker")
-    if not 0 <= index < _MOST_WORKERS:
-        raise InvalidRequestError.of("worker", f"{index} is not in [0, {_MOST_WORKERS})")
+    if not 0 <= index < workers:
+        raise InvalidRequestError.of("worker", f"{index} is not in [0, {workers}); see `Aggregation.workers`")
     return LinkOptions(error_feedback, index)
 
 

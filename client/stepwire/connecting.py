@@ -15,6 +15,7 @@ from stepwire.connection.retry import Retry
 from stepwire.connection.security import TLS, Security, security_of
 from stepwire.errors import InvalidRequestError
 from stepwire.links.server import RemoteServer
+from stepwire.optimizers.arguments import checked_names
 from stepwire.optimizers.hyperparameters import whole_number
 from stepwire.sharding.move import Move
 from stepwire.sharding.one_server import OneServer
@@ -151,7 +152,7 @@ def move_session(
         here = ShardedServer(sources, functools.partial(_opened_at, asking, opened))
         for server in (here, *targets):
             stack.callback(server.close)
-        ids = [session_id] if isinstance(session_id, str) else session_id
+        ids = [session_id] if isinstance(session_id, str) else checked_names(session_id, "session_id")
         return Move(here, targets).make(",".join(ids), sources[0].calls.deadline(timeout))
 
 

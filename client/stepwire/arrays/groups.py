@@ -9,12 +9,13 @@ from typing import Any, Final
 from stepwire.arrays.trees import SEPARATOR, expanded
 from stepwire.errors import InvalidRequestError
 from stepwire.optimizers import Optimizer
+from stepwire.optimizers.arguments import check_choice, checked_instance
 from stepwire.optimizers.hyperparameters import number
 from stepwire.optimizers.schedules import Schedule, schedule_to_wire
 from stepwire.v1 import optimizer_pb2
 from stepwire.wire.messages import PRECISIONS, overrides_to_wire
 
-__all__ = ["check_choice", "grouped", "precisions_by_name"]
+__all__ = ["grouped", "precisions_by_name"]
 
 _OWN_OPTIONS: Final = ("params", "schedule", "clip_grad_norm", "state_precision")
 """The keys of a group besides its hyper-parameters."""
@@ -39,6 +40,9 @@ def grouped(
         InvalidRequestError: an option of a group is missing, unknown or out of range. The message names the group, the
             field and the value.
     """
+    checked_instance(optimizer, Optimizer, "optimizer", "give one such as stepwire.Adam(lr=1e-3)")
+    for index, group in enumerate(checked_instance(groups, (list, tuple), "groups", "give a list of dicts")):
+        checked_instance(group, Mapping, f"groups[{index}]", 'give a dict, such as {"params": ["w"], "lr": 1e-4}')
     membership: dict[str, int] = {}
     members = [list(expanded(group.get("params", ()), named)) for group in groups]
     listed = {name for names in members for name in names}
@@ -106,13 +110,3 @@ def precisions_by_name(
                 raise InvalidRequestError.of(field, "it is the name of no parameter and no branch")
             found[tensor] = precisions[name]
     return found
-
-
-def check_choice(field: str, choice: object, allowed: Collection[str]) -> None:
-    """Refuse a value that is none of those allowed.
-
-    Raises:
-        InvalidRequestError: names them.
-    """
-    if choice not in allowed:
-        raise InvalidRequestError.of(field, f"{choice!r}; use one of: {', '.join(allowed)}")

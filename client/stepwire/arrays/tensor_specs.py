@@ -6,12 +6,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from stepwire.arrays.groups import check_choice, precisions_by_name
+from stepwire.arrays.groups import precisions_by_name
 from stepwire.arrays.packing import named_arrays
 from stepwire.arrays.rows import Table
 from stepwire.arrays.trees import expanded
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.layout import TensorSpec
+from stepwire.optimizers.arguments import check_choice, checked_instance, checked_names
 from stepwire.optimizers.hyperparameters import number, whole_number
 from stepwire.v1 import tensor_pb2
 from stepwire.wire.messages import PRECISIONS, SEMANTICS, table_to_wire
@@ -44,6 +45,7 @@ def described(leaves: Mapping[str, Any], tables: Mapping[str, str]) -> Described
     Raises:
         InvalidRequestError: an array cannot be sent, or tables that the server makes stand beside arrays.
     """
+    checked_instance(tables, Mapping, "tables", "give a dict of names and meanings, such as {'w': 'global'}")
     made = {name: leaf for name, leaf in leaves.items() if isinstance(leaf, Table)}
     if not made:
         return Described(named_arrays(leaves, "parameters"), tables, False)
@@ -81,7 +83,7 @@ def tensor_specs(
     Raises:
         InvalidRequestError: a tensor that is frozen, is a table, or has a precision of its own, is not a parameter.
     """
-    fixed = list(expanded(frozen, named))
+    fixed = list(expanded(checked_names(frozen, "frozen"), named))
     if unknown := [name for name in fixed if name not in named]:
         raise InvalidRequestError.of("frozen", f"{unknown[0]!r} is not a parameter")
     if unknown := [name for name in tables if name not in named]:

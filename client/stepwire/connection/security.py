@@ -15,6 +15,7 @@ import grpc
 
 from stepwire.connection.config_file import ConfigFile
 from stepwire.errors import InvalidRequestError
+from stepwire.optimizers.arguments import checked_instance
 from stepwire.wire.addresses import is_on_this_host, unix_path
 
 __all__ = ["PLAIN", "TLS", "Security", "security_of"]
@@ -116,6 +117,10 @@ def security_of(
     Raises:
         InvalidRequestError: the token is none, or its file cannot be read.
     """
+    if not isinstance(tls, bool):
+        checked_instance(tls, (TLS, type(None)), "tls", "give True, or stepwire.TLS(ca=…)")
+    if not isinstance(token, str | None):  # its value is a secret, whatever it is
+        raise InvalidRequestError.of("token", f"it is of the class {type(token).__name__}; give its text")
     if tls is None:
         named = (_CA, _CERT, _KEY) if environment.get(_CA) else ()
         ca, cert, key = [environment.get(each) for each in named] or (file.ca, file.cert, file.cert_key)
@@ -143,3 +148,5 @@ def _bytes(path: str | None, field: str = "tls") -> bytes | None:
         return pathlib.Path(path).read_bytes()
     except OSError as error:
         raise InvalidRequestError.of(field, f"{path!r} cannot be read: {error.strerror}") from None
+    except TypeError:
+        raise InvalidRequestError.of(field, f"{path!r:.80} is no path of a file") from None

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from stepwire.errors import InvalidRequestError
 from stepwire.links.link import Load
+from stepwire.optimizers.arguments import checked_instance
 from stepwire.results import Snapshot
 from stepwire.steps.description import SessionDescription
 from stepwire.v1 import state_pb2
@@ -24,6 +25,7 @@ def load_of(state: Snapshot, description: SessionDescription) -> Load:
     Raises:
         InvalidRequestError: slots, names, shapes or dtypes do not fit the session.
     """
+    checked_instance(state, Snapshot, "state", "give what Session.state() returns; Session.load takes parameters")
     slots, packer = description.slots, description.packer
     if set(state.slots) != set(slots):
         raise InvalidRequestError.of("state.slots", f"has {sorted(state.slots)}, the session has {sorted(slots)}")

@@ -8,6 +8,7 @@ from typing import Any, Final, Literal, get_args
 from google.protobuf.duration_pb2 import Duration
 
 from stepwire.errors import InvalidRequestError
+from stepwire.optimizers.arguments import checked_instance
 from stepwire.optimizers.hyperparameters import number, whole_number
 from stepwire.v1 import aggregation_pb2 as pb
 
@@ -156,6 +157,7 @@ def aggregation_to_wire(aggregation: Aggregation) -> pb.Aggregation:
     Raises:
         InvalidRequestError: as `Aggregation.check`.
     """
+    checked_instance(aggregation, Aggregation, "aggregation", "give one such as stepwire.Aggregation(workers=2)")
     aggregation.check("aggregation")
     return pb.Aggregation(
         mode=_MODES[aggregation.mode],

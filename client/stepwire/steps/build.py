@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, TypeAlias, cast
 
 import numpy as np
@@ -17,6 +17,7 @@ from stepwire.arrays.rows import RowGradient, Rows, RowTarget, split_rows, targe
 from stepwire.arrays.trees import Structure, Tree, expanded, flattened, is_nested
 from stepwire.errors import InvalidRequestError, Reason
 from stepwire.lifetimes.forks import Birthplace
+from stepwire.optimizers.arguments import check_callable, check_choice, checked_flag, checked_instance, checked_names
 from stepwire.optimizers.gradient_treatment import check_scale
 from stepwire.optimizers.hyperparameters import number
 from stepwire.steps.call import Decide, OnTensor, StepCall
@@ -306,11 +307,11 @@ class StepBuilder:
         begin = step_pb2.StepBegin()
         begin.CopyFrom(known)
         if options.overlap:
-            begin.overlap = options.overlap
+            begin.overlap = checked_flag(options.overlap, "overlap")
         if options.lr is not None or options.hyperparameters is not None:
             begin.hyperparameters.extend(self._overrides(options.lr, options.hyperparameters))
         if options.reply_first:
-            begin.reply.first.extend(self._index(name) for name in expanded(options.reply_first, self._indices))
+            begin.reply.first.extend(self._first(options.reply_first))
         if options.loss_scale is not None:
             check_scale(options.loss_scale, "loss_scale")
             begin.loss_scale = float(options.loss_scale)
@@ -318,14 +319,16 @@ class StepBuilder:
             begin.weight = number(options.weight, "weight")
         return begin
 
-    def _index(self, name: str) -> int:
-        if (index := self._indices.get(name)) is None:
-            raise InvalidRequestError.of("reply_first", f"{name!r} is not a tensor of this session")
-        return index
+    def _first(self, names: Sequence[str]) -> Iterator[int]:
+        for name in expanded(checked_names(names, "reply_first"), self._indices):
+            if (index := self._indices.get(name)) is None:
+                raise InvalidRequestError.of("reply_first", f"{name!r} is not a tensor of this session")
+            yield index
 
     def _notifier(
         self, notify: OnReady, reply: Container | None, views: Container | None, targets: Flat
     ) -> OnTensor | None:
+        check_callable(notify, "on_tensor")
         if targets is _NO_PLACES:
             return None
         tensors = self._packer.layout.tensors
@@ -339,16 +342,20 @@ class StepBuilder:
         return arrived
 
     def _overrides(self, lr: float | None, overrides: Overrides | None) -> list[Any]:
+        kinds = (Mapping, list, tuple, type(None))
+        checked_instance(overrides, kinds, "hyperparameters", "give a dict of numbers, or a list of one a group")
         per_group = (
             [overrides or {}] * len(self._groups) if overrides is None or isinstance(overrides, Mapping) else overrides
         )
         if len(per_group) != len(self._groups):
             raise InvalidRequestError.of("hyperparameters", f"{len(per_group)} entries for {len(self._groups)} groups")
         shared = {} if lr is None else {"lr": lr}
-        return [
-            overrides_to_wire(self._optimizer, group, {**shared, **values}, f"hyperparameters[{index}]")
-            for index, (group, values) in enumerate(zip(self._groups, per_group, strict=True))
-        ]
+        made = []
+        for index, (group, values) in enumerate(zip(self._groups, per_group, strict=True)):
+            field = f"hyperparameters[{index}]"
+            given = checked_instance(values, Mapping, field, "give a dict of numbers")
+            made.append(overrides_to_wire(self._optimizer, group, {**shared, **given}, field))
+        return made
 
 
 def _arrived(call: StepCall, reply: Container | None, *, listed: bool) -> Any:
@@ -361,8 +368,7 @@ def _arrived(call: StepCall, reply: Container | None, *, listed: bool) -> Any:
 
 
 def _check_reply(options: StepOptions, received: np.dtype[Any]) -> None:
-    if options.reply not in _REPLY_MODES:
-        raise InvalidRequestError.of("reply", f"{options.reply!r}; use one of: {', '.join(_REPLY_MODES)}")
+    check_choice("reply", options.reply, _REPLY_MODES)
     if options.reply == "changed" and received != BFLOAT16:
         raise InvalidRequestError.of("reply", f"'changed' is for bfloat16 replies, and reply_dtype is {received.name}")
     if options.reply != "parameters" and options.on_tensor is not None:

@@ -226,7 +226,7 @@ class ServerConfig(HostingSettings, frozen=True, kw_only=True, forbid_unknown_fi
         str,
         Meta(
             description="The folder in which servers announce where their shards are, for clients that connect to "
-            "directory:PATH. It needs --shard and --data-dir. Empty: none.",
+            "directory:PATH. It needs --shard, and --data-dir, --standby or --standby-of. Empty: none.",
             extra={"allowed": "a path, or empty"},
         ),
     ] = ""

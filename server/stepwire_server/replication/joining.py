@@ -7,7 +7,7 @@ from typing import Final, NamedTuple
 
 from stepwire.errors import Reason, UnavailableError, UnsupportedFeatureError
 
-__all__ = ["Joining", "Opened", "new_id", "no_replication", "no_standby"]
+__all__ = ["Joining", "Opened", "leads_already", "new_id", "no_replication", "no_standby"]
 
 _RETRY_SECONDS: Final = 0.2
 
@@ -53,6 +53,14 @@ def no_replication(what: str) -> UnsupportedFeatureError:
     """Say that a server takes no part in replication."""
     return UnsupportedFeatureError(
         f"this server {what}; start it with --standby required, or --standby-of HOST:PORT",
+        metadata={"feature": "durability_replicated"},
+    )
+
+
+def leads_already() -> UnsupportedFeatureError:
+    """Say that a server cannot be promoted, since it is the primary."""
+    return UnsupportedFeatureError(
+        "this server is no standby, but the primary; name its standby, if that is to take its place",
         metadata={"feature": "durability_replicated"},
     )
 

@@ -15,7 +15,7 @@ from stepwire_server.processes.standby_settings import FROM_DIRECTORY
 from stepwire_server.records.session_reasons import OF_SESSIONS
 from stepwire_server.replication.claims import Claim, Claims
 from stepwire_server.replication.follower import Follower
-from stepwire_server.replication.joining import new_id, no_replication
+from stepwire_server.replication.joining import leads_already, new_id, no_replication
 from stepwire_server.replication.primary import Primary
 from stepwire_server.replication.status import ReplicationStatus
 from stepwire_server.replication.upkeep import Upkeep
@@ -148,7 +148,7 @@ class Replication:
         """See `Standing`."""
         follower = self._follower
         if follower is None:
-            raise no_replication("is no standby")
+            raise no_replication("is no standby") if self._primary is None else leads_already()
         with self._promoting:
             if follower.promoted:
                 return self.epoch, len(follower.sessions())

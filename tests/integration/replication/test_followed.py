@@ -137,7 +137,7 @@ def test_commands_tell_and_change_how_a_pair_stands(command: Any, tmp_path: path
         assert (code, "not serving, " in out, "this server is a standby: use its primary" in out) == (1, True, True)
         assert command("health", "-t", pair.primary.target).code == 0
         code, _, err = run("promote", pair.primary.target)
-        assert (code, "this server is no standby" in err) == (2, True)
+        assert (code, "no standby, but the primary; name its standby" in err) == (2, True)
         code, out, _ = run("promote", pair.standby.target, "--json")
         assert (code, json.loads(out)) == (0, {"epoch": 3, "sessions": 0})
         assert run("promote", pair.standby.target, "--json").out == out, "it may be repeated"
