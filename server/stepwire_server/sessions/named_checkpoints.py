@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from stepwire.errors import DataLossError, InvalidRequestError, Reason, UnsupportedFeatureError
 from stepwire_server.durability.checkpoint import CheckpointInfo
@@ -15,6 +15,9 @@ from stepwire_server.sessions.registry import Registry
 from stepwire_server.sessions.session import Session
 
 __all__ = ["NamedCheckpoints", "SavedCheckpoint", "telling_of_the_disk"]
+
+
+_FOUND_DAMAGED: Final = "its arrays were damaged when the session was restored; verify it for the first bad one"
 
 
 class SavedCheckpoint(NamedTuple):
@@ -73,7 +76,13 @@ class NamedCheckpoints:
         with telling_of_the_disk():
             directory = self.directory_of(session_id)
             found = directory.checkpoints(session_id).list()
-            return tuple(directory.own.with_store(session_id, info) for info in found)
+            told = (
+                info._replace(damage=_FOUND_DAMAGED)
+                if info.damage is None and directory.is_bad(session_id, info.name)
+                else info
+                for info in found
+            )
+            return tuple(directory.own.with_store(session_id, info) for info in told)
 
     def verify(self, session_id: str, name: str) -> CheckpointInfo:
         """Read all of a checkpoint.

@@ -159,6 +159,9 @@ def test_a_damaged_checkpoint_without_a_log_is_refused_until_it_is_deleted(
     name = damage(server, session)
     with pytest.raises(stepwire.DataLossError, match=f"checkpoint {name!r} of step 2 is damaged, .* ends at step 1"):
         session.pull()
+    told = {info.name: info.damage for info in session.checkpoints()}
+    assert told.pop(name).startswith("its arrays were damaged")
+    assert set(told.values()) == {""}
     session.delete_checkpoint(name)
     with pytest.raises(stepwire.StateLossError, match="has lost steps 2 to 2"):
         session.pull()
