@@ -364,7 +364,9 @@ def _options(worker: Worker, error_feedback: bool, config: session_pb2.SessionCo
         return LinkOptions(error_feedback, None)
     index = whole_number(worker, "worker")
     if not 0 <= index < workers:
-        raise InvalidRequestError.of("worker", f"{index} is not in [0, {workers}); see `Aggregation.workers`")
+        raise InvalidRequestError.of(
+            "worker", f"the session has the workers 0 to {workers - 1}, and {index} is none of them"
+        )
     return LinkOptions(error_feedback, index)
 
 

@@ -19,10 +19,11 @@ import google_crc32c
 import msgspec
 import structlog
 
-from stepwire.errors import FencedError, Reason
+from stepwire.errors import DataLossError, FencedError, Reason
 from stepwire_server.durability.archive import Archive
 from stepwire_server.durability.checkpoint import BODY, MANIFEST, CheckpointInfo
 from stepwire_server.durability.disk import Disk, write_new
+from stepwire_server.durability.moved import MovedSession
 from stepwire_server.durability.store_index import (
     INDEX,
     SESSIONS,
@@ -96,8 +97,24 @@ class Mirror:
         lost: the reason for each session of the store that could not be brought here, by its id.
     """
 
-    def __init__(self, disk: Disk, folder: pathlib.Path, archive: Archive, succession: Succession, epoch: int) -> None:
+    def __init__(
+        self,
+        disk: Disk,
+        folder: pathlib.Path,
+        archive: Archive,
+        succession: Succession,
+        epoch: int,
+        moved: Iterable[MovedSession] = (),
+    ) -> None:
         """Bring the sessions here that the store alone has, and go on from its index as the owner of an epoch.
+
+        Args:
+            disk: the file system.
+            folder: the data directory.
+            archive: its sessions.
+            succession: the begin of this owner.
+            epoch: the epoch.
+            moved: the records of the sessions that live on elsewhere.
 
         Raises:
             FencedError: the store has a newer owner already.
@@ -106,10 +123,12 @@ class Mirror:
         self._disk, self._archive, self._epoch = disk, archive, epoch
         self._objects, self._epochs = succession.objects, succession.epochs
         self._closed = folder / CLOSED
-        succession.adopt(archive, self.closed())
+        moved = tuple(moved)
+        succession.adopt(archive, {*self.closed(), *(each.session_id for each in moved)})
         self.lost = succession.lost
         index = succession.index or StoreIndex(directory="")
         self._index = msgspec.structs.replace(index, directory=succession.directory, crc32c=0)
+        self._publishing = threading.Lock()  # of the index, and of what it makes superfluous
         self.owns = True
         self._written = self._failures = 0
         self._problem = ""
@@ -119,7 +138,8 @@ class Mirror:
         self._touched = {*archive.ids(), *self.closed()}
         self._wake, self._ended = threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="object store", daemon=True)
-        self._publish(self._index)  # before anything is served: the next owner goes on from here
+        # Before anything is served: the next owner goes on from here.
+        self._publish(lambda index: index.with_moved(moved))
 
     def on_stored(self, tell: Callable[[str, int], object]) -> None:
         """Have a function told the session and the step of each checkpoint that has reached the store."""
@@ -143,6 +163,39 @@ class Mirror:
         with contextlib.suppress(FileExistsError):
             write_new(self._disk, self._closed / session_id, ())
         self._disk.sync_folder(self._closed)
+
+    def keep_moved(self, records: Iterable[MovedSession]) -> None:
+        """Have the store tell of the sessions that live on elsewhere; it does when this returns.
+
+        Raises:
+            FencedError: NOT_PRIMARY, another server owns the store.
+            DataLossError: DURABILITY_FAILED, the store failed; it may tell of them.
+        """
+        kept = tuple(records)
+        try:
+            self._publish(lambda index: index.with_moved(kept))
+        except OSError as error:
+            raise DataLossError(
+                f"the record of the move cannot be kept in the object store: {error}; ask for it again",
+                reason=Reason.DURABILITY_FAILED,
+            ) from error
+
+    def check_stored(self, session_id: str, seconds: float) -> None:
+        """Wait until the store has the newest checkpoint of a session.
+
+        Raises:
+            DataLossError: DURABILITY_FAILED, it has not after some seconds.
+        """
+        self.touch(session_id)
+        self.settle(seconds)
+        found = self._archive.checkpoints(session_id).list()
+        newest = max((info for info in found if info.damage is None), key=lambda info: info.age, default=None)
+        if newest is None or not self.state(session_id, newest).stored:
+            raise DataLossError(
+                "the object store has not the newest checkpoint of the session: "
+                f"{self._problem or 'an upload takes longer'}; mend the store, and call again",
+                reason=Reason.DURABILITY_FAILED,
+            )
 
     def touch(self, session_id: str) -> None:
         """Have the checkpoints of a session compared with those in the store."""
@@ -236,15 +289,15 @@ class Mirror:
             if uploaded is None:
                 continue
             stored = {name: each for name, each in stored.items() if name in names} | {local.info.name: uploaded}
-            self._publish(self._index.with_checkpoints(session_id, stored))
+            self._publish(_with_checkpoints(session_id, stored))
             self._tell(session_id, uploaded.step)
         kept = {name: each for name, each in stored.items() if name in names}
         if kept and len(kept) < len(stored):
-            self._publish(self._index.with_checkpoints(session_id, kept))
+            self._publish(_with_checkpoints(session_id, kept))
 
     def _drop(self, session_id: str, stored: dict[str, StoredCheckpoint]) -> None:
         if stored:
-            self._publish(self._index.with_checkpoints(session_id, {}))
+            self._publish(_with_checkpoints(session_id, {}))
         self._objects.delete(reversed(self._objects.keys(session_folder(session_id))))
         self._disk.remove(self._closed / session_id)
 
@@ -285,25 +338,28 @@ class Mirror:
             manifest_crc32c=local.crc32c,
         )
 
-    def _publish(self, index: StoreIndex) -> None:
-        """Write an index, and look for a newer owner; only then it counts."""
-        self._written += 1
-        write_index(self._objects, index_key(self._epoch, self._written), index)
-        self._check_owner()
-        before, self._index = self._index, index
-        self._waste.folders |= _folders(before) - _folders(index)
-        self._waste.indexes.append(index_key(self._epoch, self._written))
+    def _publish(self, change: Callable[[StoreIndex], StoreIndex]) -> None:
+        """Write a changed index, and look for a newer owner; only then it counts."""
+        with self._publishing:
+            before, index = self._index, change(self._index)
+            self._written += 1
+            write_index(self._objects, index_key(self._epoch, self._written), index)
+            self._check_owner()
+            self._index = index
+            self._waste.folders |= _folders(before) - _folders(index)
+            self._waste.indexes.append(index_key(self._epoch, self._written))
 
     def _clear(self) -> None:
         """Delete what no index that counts names: checkpoints that were removed, older indexes, interrupted uploads."""
         waste, objects = self._waste, self._objects
-        while waste.folders:
-            folder = min(waste.folders)
+        with self._publishing:
+            folders, indexes = sorted(waste.folders), waste.indexes[:-_INDEXES_KEPT]
+        for folder in folders:
             objects.delete([f"{folder}{MANIFEST}", f"{folder}{BODY}"])
             waste.folders.discard(folder)
-        while len(waste.indexes) > _INDEXES_KEPT:
-            objects.delete(waste.indexes[:1])
-            waste.indexes.pop(0)
+        for key in indexes:
+            objects.delete([key])
+            waste.indexes.remove(key)
         if waste.older:
             first, used = index_key(self._epoch, 0), _folders(self._index)
             objects.delete([key for key in objects.keys(INDEX) if key < first])
@@ -312,6 +368,10 @@ class Mirror:
                 if epoch is not None and epoch < self._epoch and f"{key.rpartition('/')[0]}/" not in used:
                     objects.delete([key])
             waste.older = False
+
+
+def _with_checkpoints(session_id: str, stored: dict[str, StoredCheckpoint]) -> Callable[[StoreIndex], StoreIndex]:
+    return lambda index: index.with_checkpoints(session_id, stored)
 
 
 def _folders(index: StoreIndex) -> set[str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import pathlib
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 import google_crc32c
@@ -23,7 +23,7 @@ import structlog
 from stepwire.errors import DataLossError, FencedError, Reason, SessionMovedError
 from stepwire_server.durability.disk import Disk, read_all, write_new
 
-__all__ = ["LONGEST_TARGET", "MOST_SHARDS", "MovedHold", "MovedSession", "MovedSessions", "MovedShard"]
+__all__ = ["LONGEST_TARGET", "MOST_SHARDS", "MovedHold", "MovedSession", "MovedSessions", "MovedShard", "read_moved"]
 
 _MOST_BYTES: Final = 16 << 20
 _MOST_RECORDS: Final = 256
@@ -93,6 +93,14 @@ class MovedSession(msgspec.Struct, frozen=True, kw_only=True):
         text = msgspec.json.encode(msgspec.structs.replace(self, crc32c=0))
         return msgspec.structs.replace(self, crc32c=int(google_crc32c.value(text)))
 
+    def text(self) -> str:
+        """Return the record as it is kept, in JSON."""
+        return msgspec.json.encode(self).decode()
+
+    def numbered(self, number: int) -> MovedSession:
+        """Return the record with another number."""
+        return msgspec.structs.replace(self, number=number).checked()
+
 
 class MovedSessions:
     """The records of one server: in memory, and those of durable sessions in a folder too."""
@@ -103,6 +111,8 @@ class MovedSessions:
         self._requests = {each.request_id: each.session_id for each in self._found.values()}
         self._number = max((each.number for each in self._found.values()), default=0)
         self._disk: Disk | None = None
+        self._durable = set[str]()
+        self._publish: Callable[[Iterable[MovedSession]], object] = lambda records: None
         self._folder = self._work = pathlib.Path()
 
     @classmethod
@@ -120,7 +130,26 @@ class MovedSessions:
         """
         moved = cls(_read(disk, folder / name) for name in disk.names(folder))
         moved._disk, moved._folder, moved._work = disk, folder, work
+        moved._durable.update(moved._found)
         return moved
+
+    def bring(self, records: Iterable[MovedSession]) -> None:
+        """Keep the records that an object store has, and the folder has not.
+
+        Raises:
+            FencedError, DataLossError: as `add`.
+        """
+        for record in sorted(records, key=lambda each: each.number):
+            if record.session_id not in self._found:
+                self.add(record, durable=True)
+
+    def publish(self, publish: Callable[[Iterable[MovedSession]], object]) -> None:
+        """Have a function keep the records of durable sessions in an object store, too, whenever there is one more."""
+        self._publish = publish
+
+    def durable(self) -> tuple[MovedSession, ...]:
+        """Return the records that are on the disk."""
+        return tuple(each for each in self._found.values() if each.session_id in self._durable)
 
     def ids(self) -> tuple[str, ...]:
         """Return the ids of all sessions that have moved."""
@@ -131,16 +160,20 @@ class MovedSessions:
         return self._found.get(session_id)
 
     def add(self, record: MovedSession, *, durable: bool) -> None:
-        """Keep a record, and the newest of its tenant; it is on the disk when this returns, if it is to be durable.
+        """Keep a record, and the newest of its tenant.
+
+        One that is to be durable is on the disk when this returns, and in the object store if there is one.
 
         Raises:
-            FencedError: NOT_PRIMARY, another server owns the directory. There is no record.
-            DataLossError: DURABILITY_FAILED, the disk failed. The record may be there.
+            FencedError: NOT_PRIMARY, another server owns the directory, or the store. There is no record.
+            DataLossError: DURABILITY_FAILED, the disk or the store failed. The record may be there.
         """
-        numbered = msgspec.structs.replace(record, number=self._number + 1)
-        if durable and self._disk is not None:
-            self._write(self._disk, numbered.checked())
         self._number += 1
+        numbered = record.numbered(self._number)
+        if durable and self._disk is not None:
+            self._write(self._disk, numbered)
+            self._publish([*self.durable(), numbered])
+            self._durable.add(record.session_id)
         self._found.pop(record.session_id, None)  # so that the order is that of the numbers
         self._found[record.session_id] = numbered
         self._requests[record.request_id] = record.session_id
@@ -169,6 +202,7 @@ class MovedSessions:
     def _forget(self, record: MovedSession) -> None:
         """Let a record go, from the disk too; one that stays there is read once more by the next owner."""
         del self._found[record.session_id]
+        self._durable.discard(record.session_id)
         if self._requests.get(record.request_id) == record.session_id:  # else a later record has the request
             del self._requests[record.request_id]
         if self._disk is not None and self._disk.exists(path := self._folder / record.session_id):
@@ -180,11 +214,11 @@ class MovedSessions:
     def _write(self, disk: Disk, record: MovedSession) -> None:
         whole = self._work / f".new-{secrets.token_hex(8)}"
         try:
-            write_new(disk, whole, [msgspec.json.encode(record)])
+            write_new(disk, whole, [record.text().encode()])
             try:
                 disk.link(whole, self._folder / record.session_id)
             except FileExistsError:  # by an attempt that failed behind it, since nobody else writes there
-                if _read(disk, self._folder / record.session_id) != record:
+                if _read(disk, self._folder / record.session_id).numbered(record.number) != record:
                     raise
             disk.sync_folder(self._folder)
             disk.remove(whole)
@@ -206,6 +240,15 @@ def _read(disk: Disk, path: pathlib.Path) -> MovedSession:
         text = bytes(data[: read_all(disk, descriptor, memoryview(data), 0)])
     finally:
         disk.close(descriptor)
+    return read_moved(text, str(path))
+
+
+def read_moved(text: str | bytes, place: str) -> MovedSession:
+    """Read a record that is kept somewhere.
+
+    Raises:
+        DataLossError: it is damaged: nobody can tell where its session is.
+    """
     try:
         record = msgspec.json.decode(text, type=MovedSession)
         problem = "" if record == record.checked() else "its checksum is another one"
@@ -213,9 +256,9 @@ def _read(disk: Disk, path: pathlib.Path) -> MovedSession:
         problem = str(error)
     if problem:
         raise DataLossError(
-            f"{path} describes no session that has moved: {problem}; restore the file from a copy",
+            f"{place} describes no session that has moved: {problem}; restore it from a copy",
             reason=Reason.CHECKPOINT_DAMAGED,
-            metadata={"path": path},
+            metadata={"path": place},
         )
     return record
 

@@ -31,6 +31,9 @@ _OF_STATE: Final = OF_SESSIONS | {
 }
 """The reasons of errors that tell of sessions, or of the disk."""
 
+_STORE_SECONDS: Final = 300.0
+"""The longest wait for the upload of a session that has come from other servers."""
+
 _EPOCHS, _SESSIONS, _WORK, _MOVED = "epochs", "sessions", "work", "moved"
 
 
@@ -68,14 +71,19 @@ class Ownership:
         if succession is None:
             self.epoch = self._epochs.acquire(secrets.token_hex(8))
         else:
-            self.epoch = succession.acquire(self._epochs, (_SESSIONS, LOG, CLOSED))
+            self.epoch = succession.acquire(self._epochs, (_SESSIONS, LOG, CLOSED, _MOVED))
         work = self._epochs.work(self.epoch, folder / _WORK)
         self.archive = Archive(disk, folder / _SESSIONS, work)
         self.archive.tidy()
         self.moved = MovedSessions.read(disk, folder / _MOVED, work)  # behind `work`: an older owner can add none
+        if succession is not None:
+            self.moved.bring(succession.moved)
         for session_id in filter(self.archive.has, self.moved.ids()):
             self.archive.remove(session_id)
-        self.mirror = None if succession is None else Mirror(disk, folder, self.archive, succession, self.epoch)
+        self.mirror = None
+        if succession is not None:
+            self.mirror = Mirror(disk, folder, self.archive, succession, self.epoch, self.moved.durable())
+            self.moved.publish(self.mirror.keep_moved)
 
     def holds(self) -> bool:
         """Tell whether no newer owner is there, as far as it can be seen."""
@@ -129,6 +137,15 @@ class Ownership:
         if self.mirror is not None:
             self.mirror.lost.pop(session_id, None)
             self.mirror.touch(session_id)
+
+    def check_stored(self, session_id: str) -> None:
+        """Wait until the object store has a session, if there is a store.
+
+        Raises:
+            DataLossError: DURABILITY_FAILED, the store failed, or needs longer than a move may.
+        """
+        if self.mirror is not None:
+            self.mirror.check_stored(session_id, _STORE_SECONDS)
 
     def touch(self, session_id: str) -> None:
         """Note that the checkpoints of a session have changed."""

@@ -14,12 +14,14 @@ which it reads after it has created its own epoch.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import Final
 
 import google_crc32c
 import msgspec
 
 from stepwire.errors import DataLossError, Reason
+from stepwire_server.durability.moved import MovedSession
 from stepwire_server.durability.object_store import ObjectStore
 
 __all__ = ["StoreIndex", "StoredCheckpoint", "epoch_of", "index_key", "newest_index", "session_folder", "write_index"]
@@ -64,21 +66,29 @@ class StoreIndex(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     Attributes:
         directory: the id of the data directory whose server wrote it.
         sessions: for each session its checkpoints, by name.
+        moved: the records of the sessions that live on elsewhere, as texts, by their ids. None is among `sessions`.
         crc32c: the CRC32C of the text with 0 here.
         format: the version of the format.
     """
 
     directory: str
     sessions: dict[str, dict[str, StoredCheckpoint]] = {}
+    moved: dict[str, str] = {}
     crc32c: int = 0
     format: int = 1
 
     def with_checkpoints(self, session_id: str, checkpoints: dict[str, StoredCheckpoint]) -> StoreIndex:
-        """Return the list with other checkpoints of a session; with none, without the session."""
+        """Return the list with other checkpoints of a session; with none, or for one that has moved, without it."""
         sessions = {key: value for key, value in self.sessions.items() if key != session_id}
-        if checkpoints:
+        if checkpoints and session_id not in self.moved:
             sessions[session_id] = checkpoints
         return msgspec.structs.replace(self, sessions=sessions)
+
+    def with_moved(self, records: Iterable[MovedSession]) -> StoreIndex:
+        """Return the list with other records of sessions that live on elsewhere, and without their checkpoints."""
+        moved = {each.session_id: each.text() for each in records}
+        sessions = {key: value for key, value in self.sessions.items() if key not in moved}
+        return msgspec.structs.replace(self, moved=moved, sessions=sessions)
 
 
 def index_key(epoch: int, number: int) -> str:

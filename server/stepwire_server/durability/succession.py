@@ -23,6 +23,7 @@ from stepwire_server.durability.checkpoint import BODY, MANIFEST
 from stepwire_server.durability.checkpoints import AUTOMATIC_PREFIX, CheckpointStore
 from stepwire_server.durability.disk import Disk, write_new
 from stepwire_server.durability.epochs import Epochs
+from stepwire_server.durability.moved import MovedSession, read_moved
 from stepwire_server.durability.object_store import ObjectStore
 from stepwire_server.durability.store_epochs import StoreEpochs
 from stepwire_server.durability.store_index import StoredCheckpoint, StoreIndex, newest_index, session_folder
@@ -97,7 +98,7 @@ class Succession:
             if epoch == made:
                 break
         self._look()
-        if self._is_behind and self._has_sessions():
+        if self._is_behind and any(self._disk.names(self._folder / name) for name in folders):
             self._set_aside(epoch, folders)
         if not self._known:
             if self._disk.exists(self._folder / _MARK):  # of another store
@@ -159,6 +160,16 @@ class Succession:
             _log.info("checkpoint brought", session_id=session_id, checkpoint=name, step=stored[name].step)
         if not brought:
             raise _missing(session_id, "none of its checkpoints is there")
+
+    @property
+    def moved(self) -> tuple[MovedSession, ...]:
+        """The records of sessions that live on elsewhere, if the store knows more of them than the directory.
+
+        Raises:
+            DataLossError: one is damaged.
+        """
+        texts = self.index.moved.values() if self.index is not None and self._is_behind else ()
+        return tuple(read_moved(text, f"the index of {self.objects.url}") for text in texts)
 
     @property
     def _is_behind(self) -> bool:

@@ -44,14 +44,15 @@ class Moves:
         return session.passage.freeze(move_id, last_step, seconds, last_contributions)
 
     def keep(self, session: Session) -> None:
-        """Make an imported state as durable as its session is to be.
+        """Make an imported state as durable as its session is to be: also in the object store, if there is one.
 
         Raises:
-            DataLossError: DURABILITY_FAILED, the disk failed.
+            DataLossError: DURABILITY_FAILED, the disk or the store failed.
         """
-        if session.durable and self._registry.directory is not None:
+        if session.durable and (directory := self._registry.directory) is not None:
             with telling_of_the_disk():
-                self._registry.directory.checkpointer.checkpoint(session)
+                directory.checkpointer.checkpoint(session)
+            directory.own.check_stored(session.session_id)
 
     def hand_over(self, session_id: str, rest: Rest, shards: Sequence[MovedShard], *, decided: bool) -> bool:
         """End a session that lives on elsewhere, and keep the record of its successor; False if that was done before.
@@ -112,14 +113,10 @@ class Moves:
             self._registry.moved.add(record, durable=session.durable)
 
     def _check_movable(self, session: Session) -> None:
-        config, directory = session.config, self._registry.directory
+        config = session.config
         obstacles = {
             "row_ids": ("rows that are named by ids", bool(config.hashed_tables)),
             "durability_replicated": ("durability 'replicated'", config.durability.level == "replicated"),
-            "checkpoint_store": (
-                "a server with an object store",
-                session.durable and directory is not None and directory.own.mirror is not None,
-            ),
         }
         for feature, (what, present) in obstacles.items():
             if present:

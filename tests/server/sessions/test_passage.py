@@ -374,26 +374,19 @@ def test_a_step_that_is_half_applied_is_finished_before_the_rest(
 
 
 @pytest.mark.parametrize(
-    ("feature", "settings", "options"),
+    ("feature", "options"),
     [
-        ("row_ids", {}, {"parameters": {"t": stepwire.Table((16, 4), "torch_sparse", hashed=True)}}),
-        ("checkpoint_store", {"data_dir": "data", "checkpoint_store": "objects"}, {"durability": "checkpoint"}),
-        ("durability_replicated", {}, {"durability": "replicated"}),
+        ("row_ids", {"parameters": {"t": stepwire.Table((16, 4), "torch_sparse", hashed=True)}}),
+        ("durability_replicated", {"durability": "replicated"}),
     ],
 )
-def test_sessions_that_cannot_be_moved_are_refused_by_name(
-    feature: str, settings: dict[str, str], options: dict[str, Any], tmp_path: pathlib.Path
-) -> None:
-    places = {
-        name: f"file://{tmp_path / each}" if name == "checkpoint_store" else str(tmp_path / each)
-        for name, each in settings.items()
-    }
+def test_sessions_that_cannot_be_moved_are_refused_by_name(feature: str, options: dict[str, Any]) -> None:
     with contextlib.ExitStack() as stack:
         if feature == "durability_replicated":
             served = stack.enter_context(numpy_server(standby="required"))
             stack.enter_context(numpy_server(standby_of=served.target))
         else:
-            served = stack.enter_context(numpy_server(**places))
+            served = stack.enter_context(numpy_server())
         client = stack.enter_context(stepwire.connect(served.target))
         session = client.create_session(**{"parameters": WEIGHTS, "keep": True} | options)
         channel = stack.enter_context(grpc.insecure_channel(served.target))

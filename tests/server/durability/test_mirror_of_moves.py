@@ -1,0 +1,149 @@
+"""Sessions that live on elsewhere, in an object store: a record that counts is found on every machine."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable
+
+import pytest
+
+from stepwire.errors import DataLossError, FencedError, SessionMovedError
+from stepwire_server.durability.moved import MovedHold, MovedSession, MovedShard
+from stepwire_server.durability.ownership import Ownership
+from tests.server.durability.memory_objects import At, Gone, MemoryObjects, away, ended
+from tests.server.durability.test_mirror import ONE, TWO, Own, add, look, newest, objects, own, save
+
+__all__ = ["objects", "own"]  # the fixtures
+
+
+def record(session_id: str) -> MovedSession:
+    return MovedSession(
+        session_id=session_id,
+        request_id=f"/{session_id}",
+        tenant="",
+        move_id="move",
+        attach_key=b"key",
+        holds={0: MovedHold(3, 1)},
+        shards=(MovedShard("f" * 32, "host:1", b"another key"),),
+    )
+
+
+def begun(own: Own, machine: str, store: MemoryObjects) -> Ownership:
+    """Return an owner whose two sessions are in the store."""
+    owner = own(machine, store)
+    for session_id in (ONE, TWO):
+        add(owner, session_id)
+        save(owner, session_id, 1)
+    assert look(owner)
+    return owner
+
+
+def has_moved(owner: Ownership, session_id: str) -> bool:
+    """Tell whether a session has moved; else it is there. Nothing is both."""
+    try:
+        owner.moved.check(session_id)
+    except SessionMovedError:
+        assert not owner.archive.has(session_id)
+        return True
+    assert newest(owner, session_id) >= 1
+    return False
+
+
+def test_a_session_that_has_moved_has_moved_on_every_machine(own: Own, objects: MemoryObjects) -> None:
+    first = begun(own, "first", objects)
+    first.moved.add(record(ONE), durable=True)
+    first.remove(ONE)
+    for machine in ("second", "second", "third"):
+        owner = own(machine)
+        assert (has_moved(owner, ONE), has_moved(owner, TWO)) == (True, False)
+        assert look(owner)
+        assert not [key for key in objects.content if f"sessions/{ONE}/checkpoints" in key]
+    last = own("fourth")
+    last.moved.add(record(TWO), durable=True)
+    assert [each.session_id for each in own("first").moved.durable()] == [ONE, TWO]
+
+
+@pytest.mark.many
+@pytest.mark.parametrize("afterwards", [False, True])
+@pytest.mark.parametrize("happening", [away, ended], ids=["failure", "end"])
+def test_whatever_call_fails_a_record_that_was_acknowledged_counts(
+    happening: Callable[[], None], afterwards: bool, own: Own
+) -> None:
+    for number in range(1, 50):
+        store = MemoryObjects()
+        first = begun(own, f"{number}-first", store)
+        calls = At(number, happening, afterwards=afterwards)
+        store.at, done = calls, False
+        try:
+            first.moved.add(record(ONE), durable=True)
+            done = True
+            first.remove(ONE)
+            look(first)
+        except (DataLossError, Gone):
+            pass
+        over, store.at = calls.left > 0, None
+        moved = has_moved(own(f"{number}-second", store), ONE)
+        assert moved or not done
+        assert has_moved(own(f"{number}-third", store), ONE) == moved, "what one owner has seen stays"
+        if over:
+            return
+    raise AssertionError("the calls do not end")
+
+
+def test_a_store_that_fails_is_asked_again_for_the_same_record(own: Own, objects: MemoryObjects) -> None:
+    first = begun(own, "first", objects)
+    objects.at = At(1, away)
+    with pytest.raises(DataLossError, match="cannot be kept in the object store"):
+        first.moved.add(record(ONE), durable=True)
+    first.moved.check(ONE)
+    first.moved.add(record(TWO), durable=True)
+    first.moved.add(record(ONE), durable=True)
+    for owner in (own("first"), own("second")):
+        assert (has_moved(owner, ONE), has_moved(owner, TWO)) == (True, True)
+
+
+def test_a_record_that_only_a_machine_behind_the_store_has_does_not_count(own: Own, objects: MemoryObjects) -> None:
+    """Nobody has acknowledged it, and another machine has gone on with the session."""
+    first = begun(own, "first", objects)
+    objects.at = At(1, away)
+    with pytest.raises(DataLossError):
+        first.moved.add(record(ONE), durable=True)
+    objects.at = None
+    second = own("second")
+    assert not has_moved(second, ONE)
+    save(second, ONE, 2)
+    assert look(second)
+    with pytest.raises(FencedError):
+        first.moved.add(record(ONE), durable=True)
+    again = own("first")
+    assert not has_moved(again, ONE)
+    assert newest(again, ONE) == 2
+
+
+def test_a_machine_behind_the_store_ends_no_session_that_it_had_closed(
+    own: Own, objects: MemoryObjects, tmp_path: pathlib.Path
+) -> None:
+    """It could not tell the store, and has no other session; another machine has gone on with that one."""
+    first = own("first")
+    add(first, ONE)
+    save(first, ONE, 1)
+    assert look(first)
+    first.remove(ONE)
+    second = own("second")
+    save(second, ONE, 2)
+    assert look(second)
+    again = own("first")
+    assert newest(again, ONE) == 2
+    assert look(again)
+    assert newest(own("third"), ONE) == 2
+    assert [each.name for each in (tmp_path / "first" / "superseded").glob("*/closed/*")] == [ONE]
+
+
+def test_an_upload_brings_no_session_back_that_has_moved_meanwhile(own: Own, objects: MemoryObjects) -> None:
+    first = begun(own, "first", objects)
+    save(first, ONE, 2)
+    moving = At(3, lambda: first.moved.add(record(ONE), durable=True))  # while its checkpoint is uploaded
+    objects.at = moving
+    look(first)
+    assert moving.left < 0, "it has moved"
+    assert has_moved(own("second"), ONE)
