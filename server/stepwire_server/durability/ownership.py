@@ -78,12 +78,12 @@ class Ownership:
         self.moved = MovedSessions.read(disk, folder / _MOVED, work)  # behind `work`: an older owner can add none
         if succession is not None:
             self.moved.bring(succession.moved)
-        for session_id in filter(self.archive.has, self.moved.ids()):
-            self.archive.remove(session_id)
         self.mirror = None
         if succession is not None:
             self.mirror = Mirror(disk, folder, self.archive, succession, self.epoch, self.moved.durable())
             self.moved.publish(self.mirror.keep_moved)
+        for session_id in filter(self.archive.has, self.moved.ids()):
+            self.remove(session_id)
 
     def holds(self) -> bool:
         """Tell whether no newer owner is there, as far as it can be seen."""

@@ -90,6 +90,14 @@ def test_whatever_call_fails_a_record_that_was_acknowledged_counts(
     raise AssertionError("the calls do not end")
 
 
+def test_a_machine_that_ends_behind_a_record_leaves_nothing_of_the_session(own: Own, objects: MemoryObjects) -> None:
+    begun(own, "first", objects).moved.add(record(ONE), durable=True)
+    again = own("first")
+    assert (has_moved(again, ONE), has_moved(again, TWO)) == (True, False)
+    assert look(again)
+    assert not [key for key in objects.content if ONE in key]
+
+
 def test_a_store_that_fails_is_asked_again_for_the_same_record(own: Own, objects: MemoryObjects) -> None:
     first = begun(own, "first", objects)
     objects.at = At(1, away)
