@@ -116,10 +116,17 @@ class Members:
         """Iterate over the workers that have attached so far, by index."""
         return iter([self._members[index] for index in sorted(self._members)])
 
-    def join(self, member: Member, now: float) -> None:
-        """Have a worker that comes begin beside the slowest present one: nobody waits until it has caught up."""
-        if not member.is_present(now):
-            present = [other.clock for other in self._members.values() if other.is_present(now)]
+    def join(self, member: Member, now: float, *, was_present: bool) -> None:
+        """Have a worker that has come begin beside the slowest present one: nobody waits until it has caught up.
+
+        Args:
+            member: the worker, which somebody holds now.
+            now: the clock reading.
+            was_present: it was present before.
+        """
+        if not was_present:
+            others = (other for other in self._members.values() if other is not member)
+            present = [other.clock for other in others if other.is_present(now)]
             member.clock = max(member.clock, min(present, default=0))
         member.awaited_until = -math.inf
 

@@ -265,9 +265,9 @@ class Session:
             member = members[members.vacant(acquisition, now) if worker is None else worker]
             if freeze is not None and not member.worker.holder.acquired:
                 freeze.check_worker(member.worker.index)
-            members.join(member, now)
-            held = member.worker
+            held, was_present = member.worker, member.is_present(now)
             holder = held.renew(token, stream) if token else held.acquire(stream, acquisition)
+            members.join(member, now, was_present=was_present)
             if holder.acquired == holder.generation:
                 self.progress.acquired(holder)
             self._wake()

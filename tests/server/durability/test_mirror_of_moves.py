@@ -5,11 +5,13 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Callable
 
+import google_crc32c
 import pytest
 
 from stepwire.errors import DataLossError, FencedError, SessionMovedError
 from stepwire_server.durability.moved import MovedHold, MovedSession, MovedShard
 from stepwire_server.durability.ownership import Ownership
+from stepwire_server.durability.store_index import newest_index
 from tests.server.durability.memory_objects import At, Gone, MemoryObjects, away, ended
 from tests.server.durability.test_mirror import ONE, TWO, Own, add, look, newest, objects, own, save
 
@@ -155,3 +157,16 @@ def test_an_upload_brings_no_session_back_that_has_moved_meanwhile(own: Own, obj
     look(first)
     assert moving.left < 0, "it has moved"
     assert has_moved(own("second"), ONE)
+
+
+def test_an_index_of_an_earlier_release_is_read(objects: MemoryObjects) -> None:
+    """It has no `moved`; its checksum is that of the text as that release wrote it."""
+    text = b'{"crc32c":%d,"directory":"mine","format":1,"sessions":{}}'
+    crc32c = int(google_crc32c.value(text % 0))
+    objects.content["index/0000000000000001-000000000001"] = text % crc32c
+    index = newest_index(objects)  # type: ignore[arg-type]
+    assert index is not None
+    assert (index.directory, index.moved, index.crc32c) == ("mine", {}, crc32c)
+    objects.content["index/0000000000000001-000000000002"] = text % (crc32c ^ 1)
+    with pytest.raises(DataLossError, match="its checksum is another one"):
+        newest_index(objects)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwire.errors import InvalidRequestError, ResourceExhaustedError
+from stepwire.errors import FencedError, InvalidRequestError, ResourceExhaustedError
 from stepwire.optimizers.aggregation import Aggregation
 from stepwire.v1 import move_pb2
 from stepwire_server.engines.cpu.engine import CpuEngine
@@ -104,6 +104,20 @@ def test_one_that_had_left_before_is_awaited_by_nobody(engine: CpuEngine) -> Non
     rig, tokens = moved(engine, Former(engine, SOME, 2))
     waiting = [contributed(rig, rig.attach(index, tokens[index]), 2) for index in (0, 1)]
     assert [workers_of(each) for each in waiting] == [[0, 1]] * 2
+    rig.close()
+
+
+def test_one_that_is_refused_takes_no_followers_place(engine: CpuEngine) -> None:
+    """A client that was fenced before the move follows it as well."""
+    rig, tokens = moved(engine, Former(engine, SOME, 3))
+    with pytest.raises(FencedError):
+        rig.attach(2, tokens[2] ^ 1)
+    with pytest.raises(ResourceExhaustedError):
+        rig.attach(None)
+    first, second = rig.attach(0, tokens[0]), rig.attach(1, tokens[1])
+    waiting = [contributed(rig, first, 2), contributed(rig, second, 2)]
+    assert [each.outcome for each in waiting] == [None, None]
+    assert workers_of(contributed(rig, rig.attach(2, tokens[2]), 2)) == [0, 1, 2]
     rig.close()
 
 
