@@ -321,6 +321,7 @@ class StateCalls:
             UnsupportedFeatureError: this session is in memory alone, or is one shard of several.
             ResourceExhaustedError: no memory, or too many sessions.
             StepMismatchError: the shards of the fork would begin at different steps.
+            SessionMovedError: the fork that this request has made before lives on elsewhere; `Client.session` finds it.
             StepwireError: as `checkpoints`.
         """
         if self._fork is None:
@@ -348,7 +349,10 @@ class StateCalls:
                 try:
                     return cast(Self, self._fork(link.description.session_id, self._structure, options))
                 except SessionMovedError:
+                    former = link.description.session_id
                     link.info(link.deadline(timeout))  # this follows it
+                    if link.description.session_id == former:  # the fork that this request made has moved
+                        raise
 
 
 def _origin(step: int | None, checkpoint: str | None) -> StateOrigin:

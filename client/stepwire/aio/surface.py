@@ -516,6 +516,7 @@ class AsyncSession(SessionBase):
             UnsupportedFeatureError: this session is in memory alone, or is one shard of several.
             ResourceExhaustedError: no memory, or too many sessions.
             StepMismatchError: the shards of the fork would begin at different steps.
+            SessionMovedError: the fork that this request has made before lives on elsewhere; `Client.session` finds it.
             StepwireError: as `checkpoints`.
         """
         return self._adopt(

@@ -217,3 +217,20 @@ def test_a_fork_follows_where_no_other_call_has(servers: list[Server], opened: O
         with pytest.raises(stepwire.UnsupportedFeatureError, match="memory"):
             session.fork(step=0)
         assert session.session_id == again
+
+
+def test_a_fork_that_has_moved_is_told_to_whoever_asks_for_it_again(tmp_path: pathlib.Path) -> None:
+    durable = {**OPTIONS, "durability": "checkpoint"}
+    with contextlib.ExitStack() as stack:
+        first, second = (
+            stack.enter_context(numpy_server(data_dir=str(tmp_path / name))) for name in ("first", "second")
+        )
+        client = stack.enter_context(stepwire.connect(first.target, timeout=120.0))
+        session = stack.enter_context(client.create_session(arrays(SMALL, 0), **durable))
+        fork = session.fork(request_id="a-fork")
+        former = fork.session_id
+        found = stepwire.move_session(former, first.target, second.target)
+        with pytest.raises(stepwire.SessionMovedError) as moved_fork:
+            session.fork(request_id="a-fork")
+        assert moved_fork.value.metadata["session_id"] == former
+        assert client.session(former).session_id == found
