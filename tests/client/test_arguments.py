@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from typing import Any
 
 import numpy as np
@@ -108,3 +109,15 @@ def test_a_worker_that_the_session_has_not_is_refused(client: stepwire.Client, w
     aggregation = None if workers is None else stepwire.Aggregation(workers=workers)
     with pytest.raises(stepwire.InvalidRequestError, match=f"and {index} is none of them"):
         client.create_session(WEIGHTS, aggregation=aggregation, worker=index)
+
+
+@pytest.mark.parametrize("kind", [tuple, collections.UserList, collections.deque])
+def test_any_sequence_of_groups_and_numbers_will_do(client: stepwire.Client, kind: Any) -> None:
+    with client.create_session(WEIGHTS, groups=kind([{"params": ["w"], "lr": 0.5}])) as session:
+        session.step(GRADIENT, hyperparameters=kind([{"lr": 0.25}]))
+        assert session.history()[-1].learning_rates == (0.25,)
+
+
+def test_a_worker_below_none_is_refused_of_a_session_that_exists(client: stepwire.Client) -> None:
+    with client.create_session(WEIGHTS) as session, pytest.raises(stepwire.InvalidRequestError, match=r"-1 is not in"):
+        client.session(session.own_id, worker=-1)

@@ -41,7 +41,7 @@ def grouped(
             field and the value.
     """
     checked_instance(optimizer, Optimizer, "optimizer", "give one such as stepwire.Adam(lr=1e-3)")
-    for index, group in enumerate(checked_instance(groups, (list, tuple), "groups", "give a list of dicts")):
+    for index, group in enumerate(checked_instance(groups, Sequence, "groups", "give a list of dicts")):
         checked_instance(group, Mapping, f"groups[{index}]", 'give a dict, such as {"params": ["w"], "lr": 1e-4}')
     membership: dict[str, int] = {}
     members = [list(expanded(group.get("params", ()), named)) for group in groups]

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 import grpc
+import numpy as np
 
 from stepwire.connection.config_file import ConfigFile
 from stepwire.errors import InvalidRequestError
@@ -117,6 +118,7 @@ def security_of(
     Raises:
         InvalidRequestError: the token is none, or its file cannot be read.
     """
+    tls = bool(tls) if isinstance(tls, np.bool_) else tls
     if not isinstance(tls, bool):
         checked_instance(tls, (TLS, type(None)), "tls", "give True, or stepwire.TLS(ca=…)")
     if not isinstance(token, str | None):  # its value is a secret, whatever it is

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, TypeAlias, cast
 
 import numpy as np
@@ -342,7 +342,7 @@ class StepBuilder:
         return arrived
 
     def _overrides(self, lr: float | None, overrides: Overrides | None) -> list[Any]:
-        kinds = (Mapping, list, tuple, type(None))
+        kinds = (Mapping, Collection, np.ndarray, type(None))
         checked_instance(overrides, kinds, "hyperparameters", "give a dict of numbers, or a list of one a group")
         per_group = (
             [overrides or {}] * len(self._groups) if overrides is None or isinstance(overrides, Mapping) else overrides

@@ -98,7 +98,7 @@ class Succession:
             if epoch == made:
                 break
         self._look()
-        if self._is_behind and any(self._disk.names(self._folder / name) for name in folders):
+        if self._is_behind and self._known and any(self._disk.names(self._folder / name) for name in folders):
             self._set_aside(epoch, folders)
         if not self._known:
             if self._disk.exists(self._folder / _MARK):  # of another store

@@ -13,7 +13,7 @@ from stepwire_server.durability.moved import MovedHold, MovedSession, MovedShard
 from stepwire_server.durability.ownership import Ownership
 from stepwire_server.durability.store_index import newest_index
 from tests.server.durability.memory_objects import At, Gone, MemoryObjects, away, ended
-from tests.server.durability.test_mirror import ONE, TWO, Own, add, look, newest, objects, own, save
+from tests.server.durability.test_mirror import ONE, TWO, Own, UnsyncedDisk, add, look, newest, objects, own, save
 
 __all__ = ["objects", "own"]  # the fixtures
 
@@ -170,3 +170,18 @@ def test_an_index_of_an_earlier_release_is_read(objects: MemoryObjects) -> None:
     objects.content["index/0000000000000001-000000000002"] = text % (crc32c ^ 1)
     with pytest.raises(DataLossError, match="its checksum is another one"):
         newest_index(objects)  # type: ignore[arg-type]
+
+
+def test_a_directory_that_had_nothing_to_do_with_a_store_keeps_its_records(
+    own: Own, objects: MemoryObjects, tmp_path: pathlib.Path
+) -> None:
+    alone = Ownership(UnsyncedDisk(), tmp_path / "alone", "")
+    add(alone, ONE)
+    alone.moved.add(record(ONE), durable=True)
+    alone.remove(ONE)
+    begun_two = own("first")
+    add(begun_two, TWO)
+    save(begun_two, TWO, 1)
+    assert look(begun_two)
+    joined = own("alone")
+    assert (has_moved(joined, ONE), has_moved(joined, TWO)) == (True, False)
