@@ -343,11 +343,16 @@ class Mirror:
         with self._publishing:
             before, index = self._index, change(self._index)
             self._written += 1
-            write_index(self._objects, index_key(self._epoch, self._written), index)
-            self._check_owner()
+            key = index_key(self._epoch, self._written)
+            write_index(self._objects, key, index)
+            try:
+                self._check_owner()
+            except OSError:  # it is there and does not count; the one before it does
+                self._waste.indexes.insert(0, key)
+                raise
             self._index = index
             self._waste.folders |= _folders(before) - _folders(index)
-            self._waste.indexes.append(index_key(self._epoch, self._written))
+            self._waste.indexes.append(key)
 
     def _clear(self) -> None:
         """Delete what no index that counts names: checkpoints that were removed, older indexes, interrupted uploads."""

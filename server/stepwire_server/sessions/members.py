@@ -91,6 +91,7 @@ class Members:
         self.most = most
         self.tokens = AttachTokens()
         self._members = {0: Member(0, self.tokens)}
+        self._awaits_first = False
 
     def __getitem__(self, index: int) -> Member:
         """Return a worker.
@@ -131,9 +132,26 @@ class Members:
         member.awaited_until = -math.inf
 
     def await_followers(self, clocks: Mapping[int, int], now: float) -> None:
-        """Count workers as present until they have followed their session, with the clocks that they had."""
+        """Count workers as present until they have followed their session, with the clocks that they had.
+
+        Their time begins once more with the first attempt to attach: until then the move may not be over.
+        """
+        self._awaits_first = bool(clocks)
         for index, clock in clocks.items():
             self[index].clock, self[index].awaited_until = clock, now + _FOLLOWING_SECONDS
+
+    def note_attempt(self, now: float) -> None:
+        """Have the time of those that are awaited begin with the first attempt to attach, of whomever."""
+        if self._awaits_first:
+            self._awaits_first = False
+            for member in self._members.values():
+                if member.awaited_until > -math.inf:
+                    member.awaited_until = now + _FOLLOWING_SECONDS
+
+    def next_absence(self, now: float) -> float:
+        """Return the clock reading at which the next one that is awaited counts as absent; inf for none."""
+        times = (member.awaited_until for member in self._members.values() if not member.worker.attached)
+        return min((until for until in times if until > now), default=math.inf)
 
     def await_no_longer(self, came: Collection[int]) -> None:
         """Count workers that have not followed by the end of a round as absent, but those that came."""

@@ -260,9 +260,10 @@ class Rounds(Contributions):
         if round_.step is not None:  # somebody decides
             self.changed.wait()
             return
-        left = self._ends_at(round_) - self.parts.clock()
+        now = self.parts.clock()
+        left = self._ends_at(round_) - now
         if left > 0.0:
-            self.changed.wait(left)
+            self.changed.wait(min(left, self.parts.ledger.members.next_absence(now) - now))
         elif not round_.has_enough:
             self._fail(round_, round_.too_few())
         else:

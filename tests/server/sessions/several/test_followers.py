@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,29 @@ def test_one_that_had_left_before_is_awaited_by_nobody(engine: CpuEngine) -> Non
     rig, tokens = moved(engine, Former(engine, SOME, 2))
     waiting = [contributed(rig, rig.attach(index, tokens[index]), 2) for index in (0, 1)]
     assert [workers_of(each) for each in waiting] == [[0, 1]] * 2
+    rig.close()
+
+
+def test_the_time_to_follow_begins_as_the_first_one_comes(engine: CpuEngine) -> None:
+    """The new state may be on its way to a disk, or to a store, for longer than that."""
+    rig, tokens = moved(engine, Former(engine, SOME, 3))
+    rig.pass_time(1000.0)
+    with pytest.raises(ResourceExhaustedError):
+        rig.attach(None)
+    first, second = rig.attach(0, tokens[0]), rig.attach(1, tokens[1])
+    waiting = [contributed(rig, first, 2), contributed(rig, second, 2)]
+    assert [each.outcome for each in waiting] == [None, None]
+    assert workers_of(contributed(rig, rig.attach(2, tokens[2]), 2)) == [0, 1, 2]
+    rig.close()
+
+
+def test_a_round_waits_no_longer_than_one_is_awaited(engine: CpuEngine) -> None:
+    rig, tokens = moved(engine, Former(engine, SOME, 3))
+    rig.attach(0, tokens[0])
+    members = rig.session.ledger.members
+    assert members.next_absence(rig.now) == rig.now + 30.0
+    rig.pass_time(31.0)
+    assert members.next_absence(rig.now) == math.inf
     rig.close()
 
 
