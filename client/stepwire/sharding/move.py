@@ -85,6 +85,9 @@ class Move:
             return ",".join(link.description.session_id for _, link in self._former)
         try:
             self._copy(deadline)
+        except SessionMovedError:  # by another move, or by one whose record was refused before and is kept now
+            self._undo()
+            return Move(self._here, self._there).make(session_id, deadline)
         except BaseException:
             self._undo()
             raise
@@ -222,8 +225,8 @@ class Move:
         except (SessionMovedError, SessionNotFoundError, StateChangedError):
             self._undo()
             raise
-        except DataLossError as error:  # the server waits for this very record, and admits no other move
-            problem = "nobody can tell whether the session has moved: mend the disk of its server, and start that again"
+        except DataLossError as error:  # the server waits for this very record, which the next move has it keep
+            problem = "nobody can tell whether the session has moved: mend the disk or the store, and move it again"
             raise _retold(error, problem) from None
         except StepwireError as error:
             raise _retold(error, "nobody can tell whether the session has moved: move it again") from None

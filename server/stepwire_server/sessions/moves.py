@@ -10,9 +10,9 @@ not applied it; and its client sends it again where the model is then.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
+from stepwire.errors import DataLossError, InvalidRequestError, UnsupportedFeatureError
 from stepwire_server.durability.moved import MovedHold, MovedSession, MovedShard
 from stepwire_server.sessions.attach_tokens import AttachTokens
 from stepwire_server.sessions.freeze import Frozen, Rest
@@ -30,17 +30,24 @@ class Moves:
     def __init__(self, registry: Registry) -> None:
         """Serve the sessions of a registry."""
         self._registry = registry
+        # What a disk, or a store, has refused: the session rests until it is kept, by whichever move comes next.
+        self._pending: dict[str, Callable[[Session], object]] = {}
 
     def freeze(
         self, session: Session, move_id: str, last_step: int, seconds: float, last_contributions: Mapping[int, int]
     ) -> Frozen:
-        """Freeze a session; see `Passage.freeze`.
+        """Freeze a session; see `Passage.freeze`. A record of its successor that was refused before is kept first.
 
         Raises:
+            SessionMovedError: that is kept now.
+            DataLossError: it is refused again.
             UnsupportedFeatureError: the session has what cannot be moved; the message names it.
             StepwireError: as `Passage.freeze`.
         """
         self._check_movable(session)
+        if (leave := self._pending.get(session.session_id)) is not None:
+            self._end(session.session_id, leave)
+            self._registry.moved.check(session.session_id)
         return session.passage.freeze(move_id, last_step, seconds, last_contributions)
 
     def keep(self, session: Session) -> None:
@@ -75,7 +82,7 @@ class Moves:
         if known is not None and known.move_id == rest.move_id:
             return False
         leave = functools.partial(self._leave, rest=rest, shards=tuple(shards), decided=decided)
-        self._registry.delete(session_id, leave=leave)
+        self._end(session_id, leave)
         return True
 
     def successor(self, session_id: str, token: int, worker: int = 0) -> list[tuple[MovedShard, int]]:
@@ -98,6 +105,15 @@ class Moves:
             return [(each, 0) for each in moved.shards]
         _held_at_the_end(moved, worker).check_client(token)
         return [(each, _first_token(each, worker)) for each in moved.shards]
+
+    def _end(self, session_id: str, leave: Callable[[Session], object]) -> None:
+        """End a session once its record is kept; remember what is refused."""
+        try:
+            self._registry.delete(session_id, leave=leave)
+        except DataLossError:
+            self._pending[session_id] = leave
+            raise
+        self._pending.pop(session_id, None)
 
     def _leave(self, session: Session, *, rest: Rest, shards: tuple[MovedShard, ...], decided: bool) -> None:
         with session.passage.leaving(None if decided else rest) as holds:

@@ -106,5 +106,30 @@ def test_a_store_that_fails_at_the_former_place_is_asked_again(start: Start, mon
         assert session.session_id == found
 
 
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_store_that_is_away_for_longer_than_a_mover_waits_ends_no_session(
+    start: Start, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+) -> None:
+    """The next move completes the one before, and goes on where that has not led to its servers."""
+    first, second, third = start("first", "one"), start("second", "two"), start("third", "three")
+    with stepwire.connect(first.target, transport="tcp", timeout=120.0) as client:
+        session = client.create_session(arrays(SHAPES, 0), durability="journal", **OPTIONS)
+        stays = client.create_session(arrays(SHAPES, 0), **OPTIONS)
+        assert steps(session, 1, 2) == steps(stays, 1, 2)
+        former, write_index, onto = session.session_id, mirror.write_index, third if elsewhere else second
+
+        def away(objects: Any, key: str, index: StoreIndex) -> None:
+            (_away if index.moved else write_index)(objects, key, index)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(mirror, "write_index", away)
+            with pytest.raises(stepwire.DataLossError, match="mend the disk or the store, and move it again"):
+                stepwire.move_session(former, first.target, second.target, timeout=2.0)
+        found = stepwire.move_session(former, first.target, onto.target)
+        assert steps(session, 3, 2) == steps(stays, 3, 2)
+        assert session.session_id == found
+        assert {each.session_id for each in client.sessions()} == {stays.session_id}
+
+
 def _away(*_: Any) -> Any:
     raise OSError("away")
