@@ -363,12 +363,9 @@ def _options(worker: Worker, error_feedback: bool, config: session_pb2.SessionCo
         return LinkOptions(error_feedback, None)
     index = whole_number(worker, "worker")
     workers = _MOST_WORKERS if config is None else config.aggregation.workers or 1
-    if config is None and not 0 <= index < workers:
-        raise InvalidRequestError.of("worker", f"{index} is not in [0, {workers})")
     if not 0 <= index < workers:
-        raise InvalidRequestError.of(
-            "worker", f"the session has the workers 0 to {workers - 1}, and {index} is none of them"
-        )
+        known = f"the session has the workers 0 to {workers - 1}, and {index} is none of them"
+        raise InvalidRequestError.of("worker", f"{index} is not in [0, {workers})" if config is None else known)
     return LinkOptions(error_feedback, index)
 
 

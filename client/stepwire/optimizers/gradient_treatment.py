@@ -8,6 +8,7 @@ import math
 from typing import Any, Final, Literal, get_args
 
 from stepwire.errors import InvalidRequestError
+from stepwire.optimizers.arguments import check_choice
 from stepwire.optimizers.hyperparameters import number, whole_number
 from stepwire.v1 import optimizer_pb2 as pb
 
@@ -116,9 +117,11 @@ class GradientTreatment:
         Raises:
             InvalidRequestError: the message names the field, the value and the allowed values.
         """
-        _check_choice(self.non_finite, get_args(NonFinite), _path(field, "non_finite"), optional=True)
-        _check_choice(self.clip_formula, get_args(ClipFormula), _path(field, "clip_formula"), optional=True)
-        _check_choice(self.missing_gradient, get_args(MissingGradient), _path(field, "missing_gradient"))
+        if self.non_finite is not None:
+            check_choice(_path(field, "non_finite"), self.non_finite, get_args(NonFinite))
+        if self.clip_formula is not None:
+            check_choice(_path(field, "clip_formula"), self.clip_formula, get_args(ClipFormula))
+        check_choice(_path(field, "missing_gradient"), self.missing_gradient, get_args(MissingGradient))
         for name in ("clip_grad_norm", "clip_grad_value"):
             if getattr(self, name) is not None:
                 _check(self, field, name, "finite and > 0", 0.0, math.inf)
@@ -233,8 +236,3 @@ def _check(record: object, field: str, name: str, words: str, low: float, high: 
 def _check_count(value: object, field: str) -> None:
     if not 1 <= whole_number(value, field) < _MOST_STEPS:
         raise InvalidRequestError.of(field, f"{value!r:.80} is not an integer in [1, 2^32)")
-
-
-def _check_choice(value: object, allowed: tuple[str, ...], field: str, *, optional: bool = False) -> None:
-    if not (optional and value is None) and value not in allowed:
-        raise InvalidRequestError.of(field, f"{value!r:.80}; use one of: {', '.join(allowed)}")

@@ -38,7 +38,7 @@ from stepwire.sharding.shard_configs import configs_of, partition_of
 from stepwire.sharding.successors import FoundShard, ShardPlace
 from stepwire.sharding.transfer import Transfer
 from stepwire.sharding.whole import check_alike, whole_session
-from stepwire.v1 import move_pb2
+from stepwire.v1 import move_pb2, session_pb2
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.wire.messages import duration_to_wire
 
@@ -80,11 +80,12 @@ class Move:
         moved = False
         while not self._found(places, deadline):
             places, moved = self._completed(places, deadline), True
-        have = [server.calls.target for server, _ in self._former]
-        if moved and have == [server.calls.target for server in self._there]:
+        config, former = self._whole()
+        new = partition_of(config, len(self._there))
+        if moved and self._is_there(len(new.shards)):
             return ",".join(link.description.session_id for _, link in self._former)
         try:
-            self._copy(deadline)
+            self._copy(config, former, new, deadline)
         except SessionMovedError:  # by another move, or by one whose record was refused before and is kept now
             self._undo()
             return Move(self._here, self._there).make(session_id, deadline)
@@ -110,13 +111,24 @@ class Move:
             )
         )
 
-    def _copy(self, deadline: Deadline) -> None:
-        """Create the new sessions, freeze the former ones, and copy their state."""
+    def _whole(self) -> tuple[session_pb2.SessionConfig, Partition]:
+        """Return the config of the model, and the partition that it has.
+
+        Raises:
+            InvalidRequestError: these are not the shards of one model.
+        """
         messages = [link.description.message for _, link in self._former]
         check_alike(messages)
         former = Partition.read([link.description.packer.layout for _, link in self._former])
-        config = whole_session(messages, former.layout).config
-        new = partition_of(config, len(self._there))
+        return whole_session(messages, former.layout).config, former
+
+    def _is_there(self, count: int) -> bool:
+        """Tell whether the shards are on those of the new servers that a model of so many shards needs, in order."""
+        pairs = zip(self._former, self._there, strict=False)
+        return len(self._former) == count and all(found.server.calls.target in new.targets for found, new in pairs)
+
+    def _copy(self, config: session_pb2.SessionConfig, former: Partition, new: Partition, deadline: Deadline) -> None:
+        """Create the new sessions, freeze the former ones, and copy their state."""
         configs = configs_of(config, new)
 
         def create(rank: int) -> None:

@@ -43,9 +43,12 @@ def encode_numbers(captured: Captured) -> move_pb2.StateNumbers:
         encode_result(captured.last_result, 0, message.last_result)
     for each in captured.members:
         if each.acquired:  # else it has never joined
-            worker = message.workers.add(worker=each.worker, contribution=each.contribution)
-            if (clock := captured.present.get(each.worker)) is not None:
-                worker.present, worker.clock = True, clock
+            worker = message.workers.add(
+                worker=each.worker,
+                contribution=each.contribution,
+                present=each.worker in captured.present,
+                clock=captured.clocks.get(each.worker, 0),
+            )
             if each.last_result is not None:
                 encode_result(msgspec.msgpack.decode(each.last_result, type=StepResult), 0, worker.last_result)
     return message
@@ -89,8 +92,9 @@ def decode_numbers(message: move_pb2.StateNumbers, config: SessionConfig) -> Imp
         raise _wrong("last_result", f"it is of step {result.step} and {len(result.groups)} groups")
     snapshot = Snapshot(message.step, message.load, tuple(message.tensor_steps), loss_scale, scalars)
     workers = tuple(_decode_workers(message, config))
-    present = {each.worker: each.clock for each in message.workers if each.present}
-    return ImportedNumbers(snapshot, message.sum_bound, result, workers, present)
+    present = frozenset(each.worker for each in message.workers if each.present)
+    clocks = {each.worker: each.clock for each in message.workers}
+    return ImportedNumbers(snapshot, message.sum_bound, result, workers, present, clocks)
 
 
 def _decode_workers(message: move_pb2.StateNumbers, config: SessionConfig) -> Iterator[MemberFacts]:
@@ -107,9 +111,9 @@ def _decode_workers(message: move_pb2.StateNumbers, config: SessionConfig) -> It
             raise _wrong(
                 f"{field}.worker", f"{each.worker} is not in ({former}, {most}): name each worker once, by index"
             )
-        if (late := max(each.contribution, each.clock)) >= _COUNTER_END:
-            counter = "contribution" if late == each.contribution else "clock"
-            raise _wrong(f"{field}.{counter}", f"{late} is not below 2^53")
+        for counter, value in (("contribution", each.contribution), ("clock", each.clock)):
+            if value >= _COUNTER_END:
+                raise _wrong(f"{field}.{counter}", f"{value} is not below 2^53")
         if each.HasField("last_result") != (each.contribution > 0):
             raise _wrong(f"{field}.last_result", "it is set exactly if the worker has contributed")
         if each.contribution:

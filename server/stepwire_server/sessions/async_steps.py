@@ -115,8 +115,7 @@ class AsyncSteps(Contributions):
             )
         if step.slot is not None:  # the slowest worker needs one
             step.slot.release()
-        awaited = 0.0 if slowest.worker.attached else slowest.awaited_until - now
-        self.changed.wait(min(left, awaited) if awaited else left)
+        self.changed.wait(min(left, members.next_absence(now) - now))
         return True
 
     def _number(self, step: Step, staleness: int) -> None:

@@ -48,7 +48,8 @@ class Captured(NamedTuple):
         blocks: the blocks of all slots, in any order.
         probed: the values that a shadow step begins with; None for none.
         end: ends the capture: steps copy nothing for it any more.
-        present: of several workers, the clocks of those that follow a move.
+        present: of several workers, those that follow a move.
+        clocks: of several workers, their clocks, by index; empty but for a move.
     """
 
     numbers: Snapshot
@@ -62,7 +63,8 @@ class Captured(NamedTuple):
     blocks: Iterator[Block] = iter(())
     probed: ProbedValues | None = None
     end: Callable[[], object] = lambda: None
-    present: Mapping[int, int] = {}
+    present: frozenset[int] = frozenset()
+    clocks: Mapping[int, int] = {}
 
 
 _RETRY_SECONDS: Final = 0.1

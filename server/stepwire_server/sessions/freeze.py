@@ -9,7 +9,7 @@ restarted has forgotten it. The end of a move asks for the freeze once more, and
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Final, NamedTuple
 
 from stepwire.errors import Reason, UnavailableError
@@ -64,7 +64,7 @@ class Freeze:
         move_id: the name of the move.
         last_step: the last step that is admitted.
         last_contributions: of several workers, the last contribution of each that is admitted.
-        present: of several workers, the clocks of those that are present, or were at the beginning.
+        present: of several workers, those that are present, or were at the beginning.
     """
 
     def __init__(
@@ -74,13 +74,13 @@ class Freeze:
         seconds: float,
         clock: Callable[[], float],
         last_contributions: Mapping[int, int] | None = None,
-        present: Mapping[int, int] | None = None,
+        present: Collection[int] = (),
     ) -> None:
         """Freeze for some seconds of a clock."""
         self.move_id = move_id
         self.last_step = last_step
         self.last_contributions = dict(last_contributions or {})
-        self.present = dict(present or {})
+        self.present = frozenset(present)
         self._clock = clock
         self._end = clock() + seconds
 

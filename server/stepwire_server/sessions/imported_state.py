@@ -31,14 +31,16 @@ class ImportedNumbers(NamedTuple):
         sum_bound: no element of the accumulated gradient is larger in magnitude.
         last_result: the result of the last step; None for none.
         members: the facts of several workers, each with its first hold; empty for one.
-        present: the clocks of those workers that follow.
+        present: those workers that follow.
+        clocks: the clocks of the workers, by index.
     """
 
     snapshot: Snapshot
     sum_bound: float
     last_result: StepResult | None
     members: tuple[MemberFacts, ...] = ()
-    present: Mapping[int, int] = {}
+    present: frozenset[int] = frozenset()
+    clocks: Mapping[int, int] = {}
 
 
 class ImportedState:

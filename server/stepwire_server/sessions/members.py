@@ -31,7 +31,7 @@ class Member:
         told: the result has been sent.
         clock: the contributions since it joined, and those of the slowest worker that it joined.
         awaited_until: the clock reading until which it is present without a stream: its session has moved, and it
-            follows; -inf for no such time.
+            follows. It is inf until somebody has tried to attach, and -inf for a worker that nobody awaits.
     """
 
     __slots__ = ("awaited_until", "clock", "number", "result", "told", "worker")
@@ -91,7 +91,6 @@ class Members:
         self.most = most
         self.tokens = AttachTokens()
         self._members = {0: Member(0, self.tokens)}
-        self._awaits_first = False
 
     def __getitem__(self, index: int) -> Member:
         """Return a worker.
@@ -131,22 +130,18 @@ class Members:
             member.clock = max(member.clock, min(present, default=0))
         member.awaited_until = -math.inf
 
-    def await_followers(self, clocks: Mapping[int, int], now: float) -> None:
-        """Count workers as present until they have followed their session, with the clocks that they had.
-
-        Their time begins once more with the first attempt to attach: until then the move may not be over.
-        """
-        self._awaits_first = bool(clocks)
+    def await_followers(self, present: Collection[int], clocks: Mapping[int, int]) -> None:
+        """Go on with the clocks that workers had where the session was, and count those who follow as present."""
         for index, clock in clocks.items():
-            self[index].clock, self[index].awaited_until = clock, now + _FOLLOWING_SECONDS
+            self[index].clock = clock
+        for index in present:
+            self[index].awaited_until = math.inf
 
     def note_attempt(self, now: float) -> None:
-        """Have the time of those that are awaited begin with the first attempt to attach, of whomever."""
-        if self._awaits_first:
-            self._awaits_first = False
-            for member in self._members.values():
-                if member.awaited_until > -math.inf:
-                    member.awaited_until = now + _FOLLOWING_SECONDS
+        """Have the time of those that follow begin, with the first attempt to attach: the move is over by then."""
+        for member in self._members.values():
+            if member.awaited_until == math.inf:
+                member.awaited_until = now + _FOLLOWING_SECONDS
 
     def next_absence(self, now: float) -> float:
         """Return the clock reading at which the next one that is awaited counts as absent; inf for none."""
@@ -159,9 +154,13 @@ class Members:
             if index not in came:
                 member.awaited_until = -math.inf
 
-    def present(self, now: float) -> dict[int, int]:
-        """Return the present workers, by index, with their clocks."""
-        return {index: member.clock for index, member in self._members.items() if member.is_present(now)}
+    def present(self, now: float) -> frozenset[int]:
+        """Return the indices of the present workers."""
+        return frozenset(index for index, member in self._members.items() if member.is_present(now))
+
+    def clocks(self) -> dict[int, int]:
+        """Return the clock of each worker that somebody has acquired so far, by index."""
+        return {index: member.clock for index, member in self.joined().items()}
 
     @property
     def acquisitions(self) -> int:

@@ -30,7 +30,7 @@ class Moves:
     def __init__(self, registry: Registry) -> None:
         """Serve the sessions of a registry."""
         self._registry = registry
-        # What a disk, or a store, has refused: the session rests until it is kept, by whichever move comes next.
+        # By session, a record that a disk or a store has refused: the session rests until the next move has it kept.
         self._pending: dict[str, Callable[[Session], object]] = {}
 
     def freeze(

@@ -121,11 +121,11 @@ class Passage:
         with self._lock:
             last_step = self._at_rest(move_id)
             assert self._ledger.freeze is not None
-            followers = self._ledger.freeze.present | self._present()
+            followers, clocks = self._ledger.freeze.present | self._present(), self._ledger.members.clocks()
         with self._exchange.captured() as captured:
             if captured.numbers.step != last_step:
                 raise _not_frozen(move_id)
-            yield captured._replace(present=followers)
+            yield captured._replace(present=followers, clocks=clocks)
 
     @contextlib.contextmanager
     def leaving(self, rest: Rest | None) -> Iterator[Mapping[int, Hold]]:
@@ -190,7 +190,7 @@ class Passage:
         )
         self._exchange.restored(imported.incoming, captured)
         with self._lock:
-            self._ledger.members.await_followers(numbers.present, self._clock())
+            self._ledger.members.await_followers(numbers.present, numbers.clocks)
         return self._ledger.members.tokens.key
 
     def _numbers(self) -> dict[int, int]:
@@ -198,9 +198,9 @@ class Passage:
         several = self._contributions is not None
         return {index: member.number for index, member in self._ledger.members.joined().items()} if several else {}
 
-    def _present(self) -> dict[int, int]:
-        """Return the clocks of the workers that are present; nothing for one worker. Under the lock."""
-        return {} if self._contributions is None else self._ledger.members.present(self._clock())
+    def _present(self) -> frozenset[int]:
+        """Return the workers that are present; none in a session of one worker. Under the lock."""
+        return frozenset() if self._contributions is None else self._ledger.members.present(self._clock())
 
     def _check_workers(self, numbers: Mapping[int, int]) -> None:
         """Refuse numbers of workers that the session cannot have. Under the lock.

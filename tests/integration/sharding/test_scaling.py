@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import numpy as np
 import pytest
 
 import stepwire
@@ -176,6 +177,17 @@ def test_a_move_by_a_former_id_moves_the_session_from_where_it_is(servers: list[
         held = [{each.session_id for each in opened((server.target,)).sessions()} for server in servers]
         first, last = back.split(",")
         assert first in held[2] and last in held[3]
+
+
+def test_a_model_too_small_for_all_servers_stays_on_those_that_it_needs(servers: list[Server], opened: Opened) -> None:
+    client, known = over(servers, opened, 1), servers[0].target
+    onto = [server.target for server in servers[1:4]]
+    with client.create_session({"w": np.zeros(1, np.float32)}) as session:
+        former = session.session_id
+        found = stepwire.move_session(former, known, onto)
+        assert "," not in found
+        assert stepwire.move_session(former, known, onto) == found
+        assert stepwire.move_session(former, known, onto[1:]) != found
 
 
 def test_a_request_that_comes_again_finds_its_session_where_it_is(servers: list[Server], opened: Opened) -> None:

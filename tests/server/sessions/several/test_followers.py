@@ -173,6 +173,22 @@ def test_a_bounded_lead_goes_on(engine: CpuEngine) -> None:
     rig.close()
 
 
+def test_the_clocks_of_all_come_along(engine: CpuEngine) -> None:
+    """A worker that was ahead and absent gets no further lead by the move."""
+    former = Rig(engine, config_of(AHEAD, SIZE))
+    first, second = former.attach(0), former.attach(1)
+    assert contributed(former, first, 1).outcome is not None
+    former.leave(first)
+    rig, tokens = moved(engine, former)
+    former.leave(second)
+    assert rig.session.ledger.members.clocks() == {0: 1, 1: 0}
+    ahead = rig.attach(0, tokens[0])
+    assert contributed(rig, ahead, 2).outcome is not None
+    assert contributed(rig, ahead, 3).outcome is None
+    rig.leave(ahead)
+    rig.close()
+
+
 def test_a_lead_over_one_that_does_not_follow_ends_with_its_time(engine: CpuEngine) -> None:
     rig, tokens = moved(engine, Former(engine, AHEAD, 2))
     ahead = rig.attach(0, tokens[0])
@@ -189,7 +205,7 @@ def test_one_that_has_not_followed_a_move_by_the_next_is_awaited_again(engine: C
     rig, tokens = moved(engine, Former(engine, AHEAD, 2))
     again, _ = moved(engine, rig)
     follows = [(each.worker, each.present, each.clock) for each in exported(again).workers]
-    assert follows == [(0, True, 1), (1, True, 1), (2, False, 0)]
+    assert follows == [(0, True, 1), (1, True, 1), (2, False, 1)]
 
 
 @pytest.mark.parametrize(("field", "value"), [("clock", 2**53), ("contribution", 2**60)])
