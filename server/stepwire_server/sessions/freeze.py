@@ -122,6 +122,15 @@ class Freeze:
         if worker not in self.last_contributions and not self.is_over:
             raise _moving("worker", worker, "is joined by no other worker")
 
+    def check_attach(self) -> None:
+        """Refuse a stream while the record of a successor is being kept: it tells the holds of the end.
+
+        Raises:
+            UnavailableError: SESSION_MOVING.
+        """
+        if self.is_lasting:
+            raise _moving("attach", 0, "is joined by no stream")
+
     def check_load(self, load: int) -> None:
         """Refuse a load.
 

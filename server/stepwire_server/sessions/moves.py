@@ -10,6 +10,7 @@ not applied it; and its client sends it again where the model is then.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 
 from stepwire.errors import DataLossError, InvalidRequestError, UnsupportedFeatureError
@@ -30,8 +31,9 @@ class Moves:
     def __init__(self, registry: Registry) -> None:
         """Serve the sessions of a registry."""
         self._registry = registry
-        # By session, a record that a disk or a store has refused: the session rests until the next move has it kept.
-        self._pending: dict[str, Callable[[Session], object]] = {}
+        # By session, the end that a disk or a store has refused: the session rests until the next move asks again.
+        self._pending: dict[str, Callable[[], object]] = {}
+        self._ending = threading.Lock()  # of one session at a time, for as long as disk and store take
 
     def freeze(
         self, session: Session, move_id: str, last_step: int, seconds: float, last_contributions: Mapping[int, int]
@@ -45,8 +47,10 @@ class Moves:
             StepwireError: as `Passage.freeze`.
         """
         self._check_movable(session)
-        if (leave := self._pending.get(session.session_id)) is not None:
-            self._end(session.session_id, leave)
+        if session.session_id in self._pending:
+            with self._ending:
+                if (end := self._pending.get(session.session_id)) is not None:
+                    end()
             self._registry.moved.check(session.session_id)
         return session.passage.freeze(move_id, last_step, seconds, last_contributions)
 
@@ -78,11 +82,12 @@ class Moves:
         """
         if not shards:
             raise InvalidRequestError.of("successor.shards", "there are none; name the sessions that it lives on in")
-        known = self._registry.moved.get(session_id)
-        if known is not None and known.move_id == rest.move_id:
-            return False
-        leave = functools.partial(self._leave, rest=rest, shards=tuple(shards), decided=decided)
-        self._end(session_id, leave)
+        with self._ending:
+            known = self._registry.moved.get(session_id)
+            if known is not None and known.move_id == rest.move_id:
+                return False
+            session = self._registry.get(session_id)
+            self._end(session, rest.move_id, None if decided else rest, tuple(shards))
         return True
 
     def successor(self, session_id: str, token: int, worker: int = 0) -> list[tuple[MovedShard, int]]:
@@ -106,27 +111,28 @@ class Moves:
         _held_at_the_end(moved, worker).check_client(token)
         return [(each, _first_token(each, worker)) for each in moved.shards]
 
-    def _end(self, session_id: str, leave: Callable[[Session], object]) -> None:
-        """End a session once its record is kept; remember what is refused."""
-        try:
-            self._registry.delete(session_id, leave=leave)
-        except DataLossError:
-            self._pending[session_id] = leave
-            raise
-        self._pending.pop(session_id, None)
+    def _end(self, session: Session, move_id: str, rest: Rest | None, shards: tuple[MovedShard, ...]) -> None:
+        """Keep the record of a session's successor, and end it; remember what a disk, or a store, refuses.
 
-    def _leave(self, session: Session, *, rest: Rest, shards: tuple[MovedShard, ...], decided: bool) -> None:
-        with session.passage.leaving(None if decided else rest) as holds:
-            record = MovedSession(
-                session_id=session.session_id,
-                request_id=session.request_id,
-                tenant=session.tenant,
-                move_id=rest.move_id,
-                attach_key=session.ledger.members.tokens.key,
-                holds={index: MovedHold(each.generation, each.acquired) for index, each in holds.items()},
-                shards=shards,
-            )
-            self._registry.moved.add(record, durable=session.durable)
+        Nobody else waits for these but whoever ends another session.
+        """
+        try:
+            with session.passage.leaving(move_id, rest) as holds:
+                record = MovedSession(
+                    session_id=session.session_id,
+                    request_id=session.request_id,
+                    tenant=session.tenant,
+                    move_id=move_id,
+                    attach_key=session.ledger.members.tokens.key,
+                    holds={index: MovedHold(each.generation, each.acquired) for index, each in holds.items()},
+                    shards=shards,
+                )
+                self._registry.moved.add(record, durable=session.durable)
+        except DataLossError:
+            self._pending[session.session_id] = functools.partial(self._end, session, move_id, None, shards)
+            raise
+        self._pending.pop(session.session_id, None)
+        self._registry.delete(session.session_id, departed=session)
 
     def _check_movable(self, session: Session) -> None:
         config = session.config

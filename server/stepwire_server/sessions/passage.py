@@ -56,13 +56,14 @@ class Passage:
         With `half` a step is half applied, and is dropped with whoever is sending it.
 
         Returns:
-            False if it is in use, or has moved on since; nothing has changed then.
+            False if it is in use, has moved on since, or is about to live on elsewhere; nothing has changed then.
         """
         with self._lock:
             ledger = self._ledger
             moved = (step, load) != (ledger.applied_step, ledger.applied_load) or self._progress.last.number > position
             used = not half and self.in_use
-            if moved or used or ledger.closed or (self._state.unfinished is not None) != half:
+            leaves = ledger.freeze is not None and ledger.freeze.is_lasting
+            if moved or used or leaves or ledger.closed or (self._state.unfinished is not None) != half:
                 return False
             self._leave()
             return True
@@ -128,14 +129,18 @@ class Passage:
             yield captured._replace(present=followers, clocks=clocks)
 
     @contextlib.contextmanager
-    def leaving(self, rest: Rest | None) -> Iterator[Mapping[int, Hold]]:
-        """End the session after a block that keeps the record of its successor; it stays if the block fails.
+    def leaving(self, move_id: str, rest: Rest | None) -> Iterator[Mapping[int, Hold]]:
+        """End the session after a block that keeps the record of its successor.
+
+        The session rests meanwhile, and its lock is free: the block waits for a disk, and perhaps for a store. If that
+        fails with `DataLossError` the record may be there. So the session rests on, until the block is made again.
 
         Args:
+            move_id: the name of the move.
             rest: the moment at which it rests; None where the record of the first shard has decided.
 
         Yields:
-            The present holds of the workers that have joined, by index.
+            The present holds of the workers that have joined, by index. They stay the present ones.
 
         Raises:
             StateChangedError: the session is not frozen by this move, or is not at rest.
@@ -148,13 +153,21 @@ class Passage:
                 present = (self._at_rest(rest.move_id), ledger.applied_load, ledger.epoch, self._numbers())
                 if present != (rest.step, rest.load, rest.epoch, rest.contributions):
                     raise _not_frozen(rest.move_id)
-            try:
-                yield {index: member.worker.holder for index, member in ledger.members.joined().items()}
-            except DataLossError:  # the record may be there, and the next server would find it: nothing goes on here
-                name = "" if rest is None else rest.move_id
-                ledger.freeze = Freeze(name, ledger.applied_step, math.inf, self._clock, self._numbers())
-                raise
-            self._leave()
+            former, numbers = ledger.freeze, self._numbers()
+            ledger.freeze = lasting = Freeze(move_id, ledger.applied_step, math.inf, self._clock, numbers)
+            holds = {index: member.worker.holder for index, member in ledger.members.joined().items()}
+        try:
+            yield holds
+        except DataLossError:
+            raise
+        except BaseException:
+            with self._lock:
+                if ledger.freeze is lasting:
+                    ledger.freeze = former
+            raise
+        with self._lock:
+            if not ledger.closed:
+                self._leave()
 
     @contextlib.contextmanager
     def importing(self, token: int) -> Iterator[ImportedState]:

@@ -192,10 +192,10 @@ class Registry:
         chosen = ids[first : first + size]
         return with_parked(self.directory, chosen, present), chosen[-1] if first + size < len(ids) else ""
 
-    def delete(self, session_id: str, token: int = 0, leave: Callable[[Session], object] | None = None) -> int:
+    def delete(self, session_id: str, token: int = 0, departed: Session | None = None) -> int:
         """End a session and free its memory; with a token, only if the client of the token still holds the worker.
 
-        With `leave` it lives on elsewhere: that keeps the record of its successor first, and ends it.
+        A `departed` session has ended already, and its record tells where it lives on.
 
         Returns:
             The number of its last step; 0 for one that cannot be brought back from the disk.
@@ -206,7 +206,7 @@ class Registry:
         """
         self._compile_ahead(session_id)
         with self._creation:
-            session = self._to_delete(session_id, token, leave)
+            session = departed or self._to_delete(session_id, token)
             if self.directory is not None and (session is None or session.durable):
                 self.directory.remove(session_id)
                 if session is not None:
@@ -218,22 +218,20 @@ class Registry:
         self._gone([session])
         return session.ledger.applied_step
 
-    def _to_delete(self, session_id: str, token: int, leave: Callable[[Session], object] | None) -> Session | None:
+    def _to_delete(self, session_id: str, token: int) -> Session | None:
         """Return a session; None for one on disk that cannot be brought back, and that its caller deletes all the same.
 
         Raises:
-            StepwireError: as `get` and `leave`, or the token is of a client that has lost the worker.
+            StepwireError: as `get`, or the token is of a client that has lost the worker.
         """
         try:
             session = self.get(session_id)
         except (DataLossError, ResourceExhaustedError):
-            if token or leave is not None:  # nobody can tell whether it still holds the worker
+            if token:  # nobody can tell whether it still holds the worker
                 raise
             return None
         if token:
             session.ledger.worker.check_client(token)
-        if leave is not None:
-            leave(session)
         return session
 
     def sweep(self) -> list[str]:

@@ -261,6 +261,8 @@ class Session:
             self.ledger.check_open()
             self.ledger.check_durable(durable_step)
             members, freeze = self.ledger.members, self.ledger.freeze
+            if freeze is not None:
+                freeze.check_attach()
             members.note_attempt(now := self._clock())
             member = members[members.vacant(acquisition, now) if worker is None else worker]
             if freeze is not None and not member.worker.holder.acquired:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import pathlib
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -129,6 +131,36 @@ def test_a_store_that_is_away_for_longer_than_a_mover_waits_ends_no_session(
         assert steps(session, 3, 2) == steps(stays, 3, 2)
         assert session.session_id == found
         assert {each.session_id for each in client.sessions()} == {stays.session_id}
+
+
+def test_nobody_else_waits_for_a_store_that_hangs(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = start("first", "one"), start("second", "two")
+    with stepwire.connect(first.target, transport="tcp", timeout=120.0) as client:
+        session = client.create_session(arrays(SHAPES, 0), durability="journal", **OPTIONS)
+        stays = client.create_session(arrays(SHAPES, 0), durability="journal", **OPTIONS)
+        steps(session, 1, 2)
+        reached, released, write_index = threading.Event(), threading.Event(), mirror.write_index
+
+        def hangs(objects: Any, key: str, index: StoreIndex) -> None:
+            if index.moved:
+                reached.set()
+                assert released.wait(120.0)
+            write_index(objects, key, index)
+
+        monkeypatch.setattr(mirror, "write_index", hangs)
+        with concurrent.futures.ThreadPoolExecutor(1) as threads:
+            moving = threads.submit(stepwire.move_session, session.session_id, first.target, second.target)
+            assert reached.wait(120.0)
+            try:
+                other = client.create_session(arrays(SHAPES, 0), **OPTIONS)
+                assert steps(other, 1, 1) == steps(stays, 1, 1)
+                other.close()
+                assert not moving.done()
+            finally:
+                released.set()
+            found = moving.result(120.0)
+        assert len(steps(session, 3, 1)) == 1
+        assert session.session_id == found
 
 
 def _away(*_: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from stepwire.errors import InvalidRequestError, Reason, StateChangedError, UnavailableError
+from stepwire.errors import DataLossError, InvalidRequestError, Reason, StateChangedError, UnavailableError
 from stepwire.optimizers.aggregation import Aggregation
 from stepwire_server.engines.cpu.engine import CpuEngine
 from stepwire_server.records.step_result import StepResult
@@ -143,9 +143,9 @@ def test_a_session_leaves_at_the_contributions_that_were_exported_alone(engine: 
     contributed(rig, first, 1)
     frozen(rig)
     for numbers in ({}, {0: 0}, {0: 1, 1: 0}):
-        with pytest.raises(StateChangedError), rig.session.passage.leaving(Rest("one", 1, 0, 1, numbers)):
+        with pytest.raises(StateChangedError), rig.session.passage.leaving("one", Rest("one", 1, 0, 1, numbers)):
             pass
-    with rig.session.passage.leaving(Rest("one", 1, 0, 1, {0: 1})) as holds:
+    with rig.session.passage.leaving("one", Rest("one", 1, 0, 1, {0: 1})) as holds:
         assert [(worker, hold.acquired) for worker, hold in holds.items()] == [(0, first.holder.acquired)]
     assert rig.session.ledger.closed
     assert rig.budget.reserved_bytes == 0
@@ -167,4 +167,38 @@ def test_numbers_of_no_worker_are_refused(engine: CpuEngine) -> None:
     with pytest.raises(InvalidRequestError, match="last_contributions: the session has no worker 2"):
         frozen(rig, {2: 1})
     assert rig.session.ledger.freeze is None
+    rig.close()
+
+
+def test_a_session_whose_record_is_being_kept_neither_parks_nor_takes_a_stream(engine: CpuEngine) -> None:
+    """The disk may have the record, with the holds of that moment; nothing here may go on behind it."""
+    rig = Rig(engine, config_of(ASYNC, SIZE))
+    first = rig.attach(0)
+    contributed(rig, first, 1)
+    rig.leave(first)
+    frozen(rig)
+    rest, moment = Rest("one", 1, 0, 1, {0: 1}), (1, 0, 1 << 60)
+    with pytest.raises(DataLossError), rig.session.passage.leaving("one", rest):
+        raise DataLossError("the disk failed")
+    rig.pass_time(1e9)
+    assert not rig.session.passage.retire(*moment)
+    with pytest.raises(UnavailableError, match="joined by no stream") as refused:
+        rig.attach(0, first.holder.token)
+    assert refused.value.reason == Reason.SESSION_MOVING
+    with pytest.raises(InterruptedError), rig.session.passage.leaving("one", rest):
+        raise InterruptedError
+    assert not rig.session.passage.retire(*moment), "a failure of another kind changes nothing"
+    with rig.session.passage.leaving("one", rest) as holds:
+        assert [(worker, hold.generation) for worker, hold in holds.items()] == [(0, first.holder.generation)]
+    assert rig.session.ledger.closed
+
+
+def test_a_session_whose_record_was_not_kept_goes_on_when_its_freeze_is_over(engine: CpuEngine) -> None:
+    rig = Rig(engine, config_of(ASYNC, SIZE))
+    first = rig.attach(0)
+    frozen(rig, seconds=5.0)
+    with pytest.raises(InterruptedError), rig.session.passage.leaving("one", Rest("one", 0, 0, 1, {0: 0})):
+        raise InterruptedError
+    rig.pass_time(5.0)
+    assert result_of(contributed(rig, first, 1)).step == 1
     rig.close()
