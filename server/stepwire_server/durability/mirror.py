@@ -181,19 +181,25 @@ class Mirror:
             ) from error
 
     def check_stored(self, session_id: str, seconds: float) -> None:
-        """Wait until the store has the newest checkpoint of a session.
+        """Bring a session to the store now, whatever is left to do of others.
 
         Raises:
-            DataLossError: DURABILITY_FAILED, it has not after some seconds.
+            FencedError: NOT_PRIMARY, another server owns the store.
+            DataLossError: DURABILITY_FAILED, it is not there, or an upload of others takes longer than some seconds.
         """
-        self.touch(session_id)
-        self.settle(seconds)
-        found = self._archive.checkpoints(session_id).list()
-        newest = max((info for info in found if info.damage is None), key=lambda info: info.age, default=None)
-        if newest is None or not self.state(session_id, newest).stored:
+        problem = "an upload of other sessions takes longer"
+        if self._turn.acquire(timeout=seconds):
+            try:
+                self._check_owner()
+                self._bring(session_id)
+                problem = "" if session_id in self._index.sessions else "its checkpoint is damaged"
+            except OSError as error:
+                problem = str(error)
+            finally:
+                self._turn.release()
+        if problem:
             raise DataLossError(
-                "the object store has not the newest checkpoint of the session: "
-                f"{self._problem or 'an upload takes longer'}; mend the store, and call again",
+                f"the session is not in the object store: {problem}; mend the disk or the store, and call again",
                 reason=Reason.DURABILITY_FAILED,
             )
 

@@ -32,7 +32,7 @@ _OF_STATE: Final = OF_SESSIONS | {
 """The reasons of errors that tell of sessions, or of the disk."""
 
 _STORE_SECONDS: Final = 300.0
-"""The longest wait for the upload of a session that has come from other servers."""
+"""The longest wait for uploads of other sessions, before that of one that has come from other servers."""
 
 _EPOCHS, _SESSIONS, _WORK, _MOVED = "epochs", "sessions", "work", "moved"
 
@@ -139,7 +139,7 @@ class Ownership:
             self.mirror.touch(session_id)
 
     def check_stored(self, session_id: str) -> None:
-        """Wait until the object store has a session, if there is a store.
+        """Bring a session to the object store now, if there is one.
 
         Raises:
             DataLossError: DURABILITY_FAILED, the store failed, or needs longer than a move may.

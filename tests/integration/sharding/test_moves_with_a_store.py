@@ -79,7 +79,7 @@ def test_a_store_that_fails_at_the_new_place_leaves_the_session_where_it_was(
         steps(session, 1, 2)
         with monkeypatch.context() as patched:
             patched.setattr(mirror.Mirror, "_uploaded", _away)
-            with pytest.raises(stepwire.DataLossError, match="has not the newest checkpoint of the session: away"):
+            with pytest.raises(stepwire.DataLossError, match="the session is not in the object store: away"):
                 stepwire.move_session(session.session_id, first.target, second.target)
         steps(stays, 1, 2)
         former = session.session_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ import google_crc32c
 import pytest
 
 from stepwire.errors import DataLossError, FencedError, SessionMovedError
+from stepwire_server.durability.mirror import Mirror
 from stepwire_server.durability.moved import MovedHold, MovedSession, MovedShard
 from stepwire_server.durability.ownership import Ownership
 from stepwire_server.durability.store_index import newest_index
@@ -186,3 +188,28 @@ def test_a_directory_that_had_nothing_to_do_with_a_store_keeps_its_records(
     assert look(begun_two)
     joined = own("alone")
     assert (has_moved(joined, ONE), has_moved(joined, TWO)) == (True, False)
+
+
+def test_a_session_is_brought_to_the_store_whatever_has_become_of_another(
+    own: Own, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = own("first")
+    add(owner, TWO)
+    save(owner, TWO, 1)
+    add(owner, ONE)
+    save(owner, ONE, 1)
+    uploaded = Mirror._uploaded
+
+    def unreadable(mirror: Mirror, session_id: str, local: Any) -> Any:
+        if session_id == ONE:
+            raise OSError(errno.EIO, "this disk cannot read it")
+        return uploaded(mirror, session_id, local)
+
+    monkeypatch.setattr(Mirror, "_uploaded", unreadable)
+    assert not look(owner)
+    with pytest.raises(DataLossError, match="the session is not in the object store: .* this disk cannot read it"):
+        owner.check_stored(ONE)
+    owner.check_stored(TWO)
+    assert newest(own("second"), TWO) == 1
+    with pytest.raises(FencedError):
+        owner.check_stored(TWO)
