@@ -371,10 +371,9 @@ class Session(StateCalls):
                 self._scale.loaded(state.loss_scale[0], self._known.last_result)
 
     def _told(self, load: Load, progress: OnProgress | None) -> Load:
-        if progress is None:
-            return load
         total_bytes = len(load.sources) * self._packer.layout.size * FLOAT32.itemsize
-        return load._replace(progress=LoadProgress(progress, total_bytes))
+        told = None if progress is None else LoadProgress(progress, total_bytes)
+        return load._replace(progress=told, as_one=self.loads_as_one)
 
     def info(self, *, timeout: float | None = None) -> SessionInfo:
         """Ask the server, or all servers of a sharded session, for the state of the session.

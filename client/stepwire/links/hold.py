@@ -8,7 +8,8 @@ from typing import Final
 
 from stepwire.connection.retry import Deadline
 from stepwire.connection.stream import AttachedStream, Carrier
-from stepwire.errors import FencedError, Reason, StateLossError, StepMismatchError
+from stepwire.errors import FencedError, Reason, StateLossError
+from stepwire.links.mismatches import loaded_elsewhere, stepped_elsewhere
 from stepwire.links.replies import replies
 from stepwire.steps.call import StepCall, fits_in_packets
 from stepwire.steps.description import SessionDescription
@@ -44,6 +45,7 @@ class Hold:
         applied_step: the last step known to be applied. With aggregation it is the number of the worker's own last
             contribution, in the worker's own series, and so are the other numbers of steps.
         base_step: with aggregation, the step whose parameters this client has.
+        begins_anew: with aggregation, a load has come behind the last contribution: any later number is the next one.
         applied_load: the last load known to be committed.
         load_in_doubt: the number of a load that failed and may have been committed; 0 for none. The next attach tells.
         durable_step: the largest durable step that the server has told.
@@ -79,6 +81,7 @@ class Hold:
         self.applied_step = self.step_on_server = own if self._is_aggregated else message.applied_step
         self.applied_load = self._load_on_server = message.applied_load
         self.load_in_doubt = 0
+        self.begins_anew = False
         self.durable_step = message.durable_step
         self.answered_step = 0
         self.unfinished_step = 0
@@ -96,7 +99,7 @@ class Hold:
     @property
     def is_certain(self) -> bool:
         """Tell whether the numbers are those of the holder of the worker, as far as it can know."""
-        return self.token != 0 and not self.in_doubt
+        return not (self.token == 0 or self.in_doubt or self.load_in_doubt)
 
     @property
     def session_step(self) -> int:
@@ -197,13 +200,22 @@ class Hold:
         self.in_doubt = True
         self.load_in_doubt = load
 
+    @property
+    def load_on_server(self) -> int:
+        """The last load that this client has heard of: its own, or that of another worker."""
+        return max(self.applied_load, self._load_on_server)
+
+    def other_load(self, load: int) -> None:
+        """Note the load of another worker, which this client has not the parameters of."""
+        self._load_on_server, self.begins_anew = max(load, self._load_on_server), True
+
     def loaded(self, load: int, applied_step: int) -> None:
         """Note a committed load, and the step that the session is at after it."""
         self.applied_load = self._load_on_server = load
         self._session_step = self.base_step = self._session_step_on_server = applied_step
         if not self._is_aggregated:
             self.applied_step = self.step_on_server = applied_step
-        self.unfinished_step = 0
+        self.unfinished_step, self.begins_anew = 0, self._is_aggregated
 
     def succeed(self, former: Sequence[Hold]) -> None:
         """Know what the holds at the former places of the session knew: its parameters' step and load, and a doubt."""
@@ -219,6 +231,7 @@ class Hold:
     def pulled(self, step: int, load: int) -> None:
         """Note that this client has the parameters of a step and a load: other workers may have made them."""
         if self._is_aggregated and step >= self.base_step:
+            self.begins_anew = self.begins_anew or load > self._load_on_server
             self.base_step, self.applied_load = step, max(load, self.applied_load)
             self._session_step_on_server = max(step, self._session_step_on_server)
             self._load_on_server = max(load, self._load_on_server)
@@ -254,23 +267,10 @@ class Hold:
             raise unfinished(self.unfinished_step)
         self.check_kept()
         applied = self.step_on_server
-        if applied != step - 1 and not (sent and applied == step):
-            raise StepMismatchError(
-                f"this client is about to take step {step} and the session is at step {applied}: it moved without "
-                "this client; pull the parameters and go on from there with a new Session object",
-                metadata={"expected_step": applied + 1, "actual_step": step},
-            )
+        if applied != step - 1 and not (sent and applied == step) and not (self.begins_anew and applied < step):
+            raise stepped_elsewhere(step, applied)
         if self._load_on_server != self.applied_load:
-            raise StepMismatchError(
-                f"this client knows load {self.applied_load} and the session is at load {self._load_on_server}: "
-                + (
-                    "another worker loaded it; pull the parameters and compute the gradient again"
-                    if self._is_aggregated
-                    else "it was loaded without this client; pull the parameters and go on from there with a new "
-                    "Session object"
-                ),
-                metadata={"applied_load": self._load_on_server, "load": self.applied_load},
-            )
+            raise loaded_elsewhere(self.applied_load, self._load_on_server, together=self._is_aggregated)
 
     def _state_lost(self) -> StateLossError:
         """Go on from the numbers of the server, and return the error that tells of the loss."""
@@ -309,19 +309,20 @@ class Hold:
         """Note an applied step, by its result."""
         self._session_step = self.base_step = self._session_step_on_server = result.step
         self.applied_step = self.step_on_server = result.round.contribution if self._is_aggregated else result.step
-        self.unfinished_step = 0
+        self.unfinished_step, self.begins_anew = 0, False
         if result.durable_step > self.durable_step:
             self.durable_step = result.durable_step
 
     def _learn(self, opened: attach_pb2.AttachOpened) -> None:
         """Adopt the numbers of the server, which the next step and the next load follow on."""
         own = opened.contribution if self._is_aggregated else opened.applied_step
+        last_load = opened.worker_load if opened.HasField("worker_load") else opened.applied_load
         if self.token == 0:
             self.acquisitions += 1
             self.applied_step, self.applied_load = own, opened.applied_load
             self._session_step = opened.applied_step
-        elif self.load_in_doubt and opened.applied_load == self.load_in_doubt:  # this client's own: the token held
-            self.applied_step, self.applied_load = own, opened.applied_load
+        elif self.load_in_doubt and last_load == self.load_in_doubt:  # this client's own: the token held
+            self.applied_step, self.applied_load = own, self.load_in_doubt
             self._session_step = self.base_step = opened.applied_step
         elif self._is_aggregated and own < self.applied_step and opened.applied_step >= self.session_step:
             self.applied_step = own  # it forgot contributions that it had dropped: nothing is lost
@@ -332,7 +333,7 @@ class Hold:
         self.durable_step = max(self.durable_step, opened.durable_step)
         self.worker, self.step_on_server, self._session_step_on_server = opened.worker, own, opened.applied_step
         self._load_on_server = opened.applied_load
-        self.unfinished_step = opened.unfinished_step
+        self.unfinished_step, self.begins_anew = opened.unfinished_step, opened.begins_anew
         self.in_doubt = False
         self.streams_opened += 1
 

@@ -63,6 +63,8 @@ class Load(NamedTuple):
         progress: is told of the bytes as they are sent; None for nobody.
         rows: the parameters of rows of tables that it replaces, in the place of whole slots, one entry a table; None
             for whole slots.
+        number: its number among the loads; 0 for the next one that no other worker's load has.
+        as_one: all workers make it, and whichever is the first one of its number counts.
     """
 
     sources: Mapping[str, Flat]
@@ -74,6 +76,8 @@ class Load(NamedTuple):
     whole: bool = False
     progress: LoadProgress | None = None
     rows: tuple[RowGradient, ...] | None = None
+    number: int = 0
+    as_one: bool = False
 
     def opening(self) -> state_pb2.LoadOpen:
         """Return the first message of the load, without the numbers that its link knows."""

@@ -11,14 +11,14 @@ from stepwire.arrays.packing import Flat, Packer
 from stepwire.arrays.rows import IdTarget, PulledRows, RowReader, RowTarget, row_parts
 from stepwire.connection.channel import Calls
 from stepwire.connection.retry import Deadline
-from stepwire.errors import StateLossError, UnavailableError
+from stepwire.errors import StateChangedError, StateLossError, StepMismatchError, UnavailableError
 from stepwire.links.hold import Hold
 from stepwire.links.link import Load
 from stepwire.links.repetition import repeated
 from stepwire.steps.description import SessionDescription
 from stepwire.transports.route import Route
 from stepwire.v1 import optimizer_service_pb2 as pb
-from stepwire.v1 import session_pb2, state_pb2, tensor_pb2
+from stepwire.v1 import state_pb2, tensor_pb2
 from stepwire.wire.dtypes import FLOAT32, dtype_to_wire
 from stepwire.wire.frames import FrameBuffer, read_frame
 
@@ -101,8 +101,8 @@ def receive_pull(
 
 def send_load(
     calls: Calls, opening: state_pb2.LoadOpen, load: Load, description: SessionDescription, deadline: Deadline
-) -> session_pb2.Session:
-    """Send a load once, or the request for one whose values the server has; return the session after it.
+) -> pb.LoadResponse | pb.RollbackResponse:
+    """Send a load once, or the request for one whose values the server has.
 
     Raises:
         StepwireError: the server's refusal, or a broken connection.
@@ -110,7 +110,7 @@ def send_load(
     if load.origin is None:
         messages = load_messages(opening, description.packer, load, description.chunk_bytes)
         loaded: pb.LoadResponse = calls.upload("Load", messages, pb.LoadResponse, deadline)
-        return loaded.session
+        return loaded
     request = pb.RollbackRequest(
         session_id=opening.session_id,
         attach_token=opening.attach_token,
@@ -124,7 +124,7 @@ def send_load(
     rolled_back: pb.RollbackResponse = calls.upload(
         "Rollback", [request.SerializeToString()], pb.RollbackResponse, deadline
     )
-    return rolled_back.session
+    return rolled_back
 
 
 def load_messages(opening: state_pb2.LoadOpen, packer: Packer, load: Load, chunk_bytes: int) -> Iterator[bytes]:
@@ -154,16 +154,17 @@ def load_messages(opening: state_pb2.LoadOpen, packer: Packer, load: Load, chunk
 
 
 def load_by_number(route: Route, hold: Hold, description: SessionDescription, load: Load, deadline: Deadline) -> None:
-    """Send a load with the next number, until it is committed.
+    """Send a load with its number, or with the next one, until it is committed.
 
     Raises:
         StateLossError: the server has lost steps or loads, and the load does not bring everything.
+        StateChangedError: another worker's load has its number.
         StepwireError: as `SessionLink.load`.
     """
     opening = load.opening()
-    opening.session_id, opening.load = description.session_id, hold.applied_load + 1
+    opening.session_id = description.session_id
 
-    def attempt(left: Deadline) -> session_pb2.Session:
+    def attempt(left: Deadline) -> pb.LoadResponse | pb.RollbackResponse:
         if hold.epoch == 0 or not hold.is_certain:
             hold.attach(left)
         hold.check_kept(steps=not load.whole)
@@ -172,11 +173,31 @@ def load_by_number(route: Route, hold: Hold, description: SessionDescription, lo
         opening.attach_token, opening.epoch, opening.worker = hold.token, hold.epoch, hold.worker or 0
         return send_load(route.way(left).calls, opening, load, description, left)
 
-    try:
-        session = repeated(route, hold, attempt, deadline)
-    except StateLossError:  # the load was not committed: the server knows none of its number
-        raise
-    except BaseException:
-        hold.load_failed(opening.load)
-        raise
-    hold.loaded(opening.load, session.applied_step)
+    while True:
+        opening.load = load.number or (hold.applied_load if load.as_one else hold.load_on_server) + 1
+        try:
+            response = repeated(route, hold, attempt, deadline)
+        except StateLossError:  # the load was not committed: the server knows none of its number
+            raise
+        except BaseException as failure:
+            if load.as_one or (taken := _others(failure, opening.load)) is None:
+                hold.load_failed(opening.load)
+                raise
+        else:
+            if load.as_one or not response.HasField("worker") or response.worker == (hold.worker or 0):
+                hold.loaded(opening.load, response.session.applied_step)
+                return
+            taken = opening.load
+        hold.other_load(taken)
+        if load.number:
+            raise StateChangedError(
+                f"load {load.number} is another worker's; load again", metadata={"applied_load": taken}
+            )
+
+
+def _others(failure: BaseException, load: int) -> int | None:
+    """Return the last load, of another worker, that a load was refused for; None for any other failure."""
+    if not isinstance(failure, StepMismatchError):
+        return None
+    own, expected = failure.metadata.get("worker_load"), failure.metadata.get("expected_load")
+    return None if own is None or expected is None or int(own) >= load else int(expected) - 1

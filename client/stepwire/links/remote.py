@@ -348,7 +348,7 @@ class RemoteLink(SessionLink):
         if self._description.is_aggregated or not self.hold.is_certain:
             self._repeat(self.hold.attach, deadline)
         if not self.hold.applied_load:
-            self.load(load, deadline)
+            self.load(load._replace(as_one=True), deadline)
 
     def ask(self, method: str, request: Any, response: Any, deadline: Deadline) -> list[Any]:
         """See `SessionLink.ask`."""

@@ -112,7 +112,15 @@ class FollowingLink(SessionLink):
 
     def load(self, load: Load, deadline: Deadline) -> None:
         """See `SessionLink.load`."""
-        self._followed(lambda link, left: link.load(load, left), deadline)
+        if _load_in_doubt(self._link):  # of an earlier call
+            self.attach(deadline)
+        former = self._link
+
+        def make(link: FollowedLink, left: Deadline) -> None:
+            if link is former or not _has_loaded(link, left):
+                link.load(load, left)
+
+        self._followed(make, deadline)
 
     def initialize(self, load: Load, deadline: Deadline) -> None:
         """See `SessionLink.initialize`."""
@@ -168,3 +176,16 @@ class FollowingLink(SessionLink):
             with self.lock:
                 if self._link is link:
                     self._link = self._follow(link, deadline)
+
+
+def _load_in_doubt(link: FollowedLink) -> int:
+    """Return the number of a load that failed and may have been committed; 0 for none."""
+    return max(shard.hold.load_in_doubt for shard in link.shards)
+
+
+def _has_loaded(link: FollowedLink, deadline: Deadline) -> bool:
+    """Tell whether a load that was under way at the former place of a session had been committed there."""
+    if not (doubt := _load_in_doubt(link)):
+        return False
+    link.attach(deadline)
+    return all(shard.hold.applied_load == doubt for shard in link.shards)

@@ -1,30 +1,78 @@
-"""The step that a load without a step of its own brings all shards to."""
+"""Loads into all shards: afterwards these are of one load, and at one step."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from stepwire.connection.retry import Deadline
+from stepwire.errors import StateChangedError, StepMismatchError
+from stepwire.links.link import Load
+from stepwire.sharding.fan_out import fan_out
 from stepwire.sharding.shard import Shard
 
-__all__ = ["level_of"]
+__all__ = ["load_all"]
 
 
-def level_of(shards: Sequence[Shard], deadline: Deadline, *, together: bool) -> int | None:
-    """Return the step to set in all shards; None to leave each at its own.
+def load_all(shards: Sequence[Shard], load: Load, deadline: Deadline, *, together: bool) -> None:
+    """Load all shards, and bring them to one step.
 
-    With several workers a client numbers its own contributions, and knows the steps of the others from the servers
-    alone. Where all shards are at one step they stay there, since another worker may be making the next one.
+    Of several workers others may step or load some shards meanwhile. Then the load is made again, under a later number.
+    The workers rest as soon as the first shard has it: they neither step nor pull shards of different loads.
 
     Args:
         shards: the shards.
-        deadline: the deadline of the questions.
+        load: the load; one without a step brings all shards to the latest step of any.
+        deadline: the deadline of everything.
         together: the session has several workers.
 
     Raises:
-        StepwireError: as `Shard.info`.
+        StepMismatchError: its step would go back; or workers that do not rest stepped meanwhile, each time.
+        StepwireError: as `Shard.load`; some shards may be loaded.
     """
-    if not together:
-        return max(shard.step_on_server for shard in shards)
-    steps = {shard.info(deadline).applied_step for shard in shards}
-    return max(steps) if len(steps) > 1 else None
+    refused: list[StepMismatchError] = []
+
+    def attempt(left: Deadline) -> None:
+        _attach(shards, left)
+        if refused:
+            shards[0].load(load, _next(shards), left)
+        step = max(shard.info(left).applied_step for shard in shards) if load.step is None else load.step
+        try:
+            _load_in_turn(shards, load._replace(step=step), left)
+        except StepMismatchError as error:
+            if load.step is not None or error.metadata.get("field") != "open.step":
+                raise
+            refused.append(error)
+            raise StateChangedError(f"another worker stepped while the state was loaded: {error}") from error
+
+    if together and not load.as_one:
+        try:
+            shards[0].link.retry.call(attempt, deadline)
+        except StateChangedError:
+            if not refused:
+                raise
+            raise refused[-1] from None
+        return
+    _attach(shards, deadline)
+    step = max(shard.step_on_server for shard in shards) if load.step is None else load.step
+    _load(shards, load._replace(step=step), _next(shards), deadline)
+
+
+def _attach(shards: Sequence[Shard], deadline: Deadline) -> None:
+    """Learn the numbers of shards that nobody can tell without their servers."""
+    fan_out([functools.partial(shard.attach, deadline) for shard in shards if not shard.is_certain])
+
+
+def _next(shards: Sequence[Shard]) -> int:
+    return max(shard.load_on_server for shard in shards) + 1
+
+
+def _load_in_turn(shards: Sequence[Shard], load: Load, deadline: Deadline) -> None:
+    """Load all shards under a number that no other load has anywhere: the first shard gives it to one worker alone."""
+    number = _next(shards)
+    _load(shards[:1], load, number, deadline)
+    _load(shards[1:], load, number, deadline)
+
+
+def _load(shards: Sequence[Shard], load: Load, number: int, deadline: Deadline) -> None:
+    fan_out([functools.partial(shard.load, load, number, deadline) for shard in shards])

@@ -26,7 +26,7 @@ from stepwire.results import SessionInfo, SessionStatistics, TransportChoice
 from stepwire.sharding.combine import combined, combined_header, combined_info, combined_statistics, least_transport
 from stepwire.sharding.coordinator import Abandoned, Coordinator
 from stepwire.sharding.fan_out import fan_out
-from stepwire.sharding.levelling import level_of
+from stepwire.sharding.levelling import load_all
 from stepwire.sharding.mismatches import half_applied, half_loaded, uneven
 from stepwire.sharding.open_rounds import await_open_rounds
 from stepwire.sharding.partition import Partition
@@ -239,9 +239,10 @@ class ShardedLink(SessionLink):
         if doubt is None:
             self._check_finished()
             known = {shard.contribution for shard in self._shards} if self._is_aggregated else {self.applied_step}
-            if set(steps) != known or len(known) > 1:
+            even = set(steps) == known and len(known) == 1
+            if not even and not (self._is_aggregated and all(shard.begins_anew for shard in self._shards)):
                 raise uneven(self._shards, steps)
-            return steps[0] + 1
+            return max(known.union(steps)) + 1
         if not set(steps) <= {doubt.step - 1, doubt.step}:
             raise uneven(self._shards, steps)
         covered = doubt.covers(call)
@@ -329,11 +330,7 @@ class ShardedLink(SessionLink):
         check_load(load, self._partition.layout)
         if not load.whole:
             self.make_sure(deadline)
-        fan_out([functools.partial(shard.attach, deadline) for shard in self._shards if not shard.is_certain])
-        if load.step is None:
-            load = load._replace(step=level_of(self._shards, deadline, together=self._is_aggregated))
-        number = max(shard.applied_load for shard in self._shards) + 1
-        self._each(lambda shard: shard.load(load, number, deadline))
+        load_all(self._shards, load, deadline, together=self._is_aggregated)
         self._settled()
 
     def initialize(self, load: Load, deadline: Deadline) -> None:

@@ -95,6 +95,7 @@ def _workers(numbers: Sequence[move_pb2.StateNumbers], count: int) -> list[list[
                     last_result=result,
                     present=follows,
                     clock=max(part.clock for part in parts),
+                    loaded=min(part.loaded for part in parts),
                 )
             )
     return moved

@@ -20,12 +20,15 @@ class Rest(NamedTuple):
         load: the last load.
         epoch: the epoch of the first shard.
         contributions: of several workers, those that have joined, with their last contributions.
+        begin_anew: the workers whose last contributions a load has come behind at all shards. Nobody repeats these, so
+            they go on from the largest.
     """
 
     step: int = 0
     load: int = 0
     epoch: int = 0
     contributions: dict[int, int] = {}
+    begin_anew: frozenset[int] = frozenset()
 
     @classmethod
     def of(cls, frozen: Sequence[pb.FreezeSessionResponse]) -> Rest:
@@ -43,13 +46,16 @@ class Rest(NamedTuple):
             for worker, number in _numbers(each.last_contributions).items():
                 contributions[worker] = max(number, contributions.get(worker, 0))
         step = max(each.last_step for each in frozen)
-        return cls(step, frozen[0].applied_load, frozen[0].epoch, dict(sorted(contributions.items())))
+        anew = frozenset.intersection(*map(_begin_anew, frozen))
+        return cls(step, frozen[0].applied_load, frozen[0].epoch, dict(sorted(contributions.items())), anew)
 
     @property
     def wire_contributions(self) -> list[move_pb2.WorkerNumber]:
         """The contributions as messages."""
-        items = self.contributions.items()
-        return [move_pb2.WorkerNumber(worker=worker, contribution=number) for worker, number in items]
+        return [
+            move_pb2.WorkerNumber(worker=worker, contribution=number, begins_anew=worker in self.begin_anew)
+            for worker, number in self.contributions.items()
+        ]
 
     def check_reached(self, frozen: Sequence[pb.FreezeSessionResponse]) -> None:
         """Refuse to go on before all shards are there.
@@ -70,6 +76,10 @@ class Rest(NamedTuple):
                 metadata={"steps": ",".join(map(str, steps))},
             )
         raise StateChangedError(f"the shards have not all come to step {self.step}")
+
+
+def _begin_anew(frozen: pb.FreezeSessionResponse) -> frozenset[int]:
+    return frozenset(each.worker for each in frozen.contributions if each.begins_anew)
 
 
 def _numbers(message: Iterable[move_pb2.WorkerNumber]) -> dict[int, int]:

@@ -47,6 +47,7 @@ class Shard:
         self.rank = rank
         self.place = f"shard {rank} on {link.target}"
         self._layout = link.description.packer.layout
+        self._has_several = link.description.message.config.aggregation.workers > 1
         tensors = (tensor.spec for tensor in self._layout.tensors)
         self._origins = {spec.name: origin for spec in tensors if (origin := origin_of(spec)).name != spec.name}
 
@@ -72,6 +73,12 @@ class Shard:
         return self.link.hold.applied_step
 
     @property
+    def begins_anew(self) -> bool:
+        """Tell whether the next contribution may have any later number, once a step under way is over."""
+        with self.link.lock:
+            return self.link.hold.begins_anew
+
+    @property
     def step_on_server(self) -> int:
         """The last applied step, as the server said itself, once a step under way is over."""
         with self.link.lock:
@@ -82,6 +89,12 @@ class Shard:
         """The last load known to be committed, once a step under way is over."""
         with self.link.lock:
             return self.link.hold.applied_load
+
+    @property
+    def load_on_server(self) -> int:
+        """The last load that this client has heard of, once a step under way is over."""
+        with self.link.lock:
+            return self.link.hold.load_on_server
 
     @property
     def is_certain(self) -> bool:
@@ -166,11 +179,18 @@ class Shard:
     def load(self, load: Load, number: int, deadline: Deadline) -> None:
         """Load this shard's ranges of slots of the whole, until the shard's last load has a number.
 
-        That is once, and once more for each load that other shards committed without this one.
+        That is once. A single worker's loads leave no number out, so it is once more for each load that other shards
+        committed without this one.
+
+        Raises:
+            StateChangedError: another worker's load has one of these numbers.
+            StepwireError: as `RemoteLink.load`.
         """
+        hold = self.link.hold
         with self.link.lock, self._named(deadline):
-            while self.link.hold.applied_load < number:
-                self.link.load(self._own_load(load), deadline)
+            while hold.load_on_server < number:
+                own = number if self._has_several else hold.load_on_server + 1
+                self.link.load(self._own_load(load)._replace(number=own), deadline)
 
     def initialize(self, load: Load, deadline: Deadline) -> None:
         """Load this shard's ranges of the parameters, if its session has none yet."""

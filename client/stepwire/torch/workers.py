@@ -131,10 +131,17 @@ class WorkerLoads:
             if self.joins_late:
                 self._refuse_newcomer(pulled, state=state)
             else:
-                send()
+                self._send_as_one(send)
                 pulled = self._pulled()
         self._parameters.adopt(pulled)
         self._number += 1
+
+    def _send_as_one(self, send: Callable[[], None]) -> None:
+        self._session.loads_as_one = True
+        try:
+            send()
+        finally:
+            self._session.loads_as_one = False
 
     def join(self) -> None:
         """Acquire the place of this worker, so that its old self steps no more, and adopt the parameters.

@@ -27,7 +27,7 @@ class AttachOpen(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., worker: _Optional[int] = ..., attach_token: _Optional[int] = ..., epoch: _Optional[int] = ..., transport: _Optional[_Union[_transport_pb2.Transport, str]] = ..., durable_step: _Optional[int] = ..., any_worker: bool = ..., acquisition: _Optional[int] = ...) -> None: ...
 
 class AttachOpened(_message.Message):
-    __slots__ = ("attach_token", "epoch", "applied_step", "durable_step", "applied_load", "ready", "transport", "transport_reason", "handoff", "unfinished_step", "worker", "contribution")
+    __slots__ = ("attach_token", "epoch", "applied_step", "durable_step", "applied_load", "ready", "transport", "transport_reason", "handoff", "unfinished_step", "worker", "contribution", "begins_anew", "worker_load")
     ATTACH_TOKEN_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     APPLIED_STEP_FIELD_NUMBER: _ClassVar[int]
@@ -40,6 +40,8 @@ class AttachOpened(_message.Message):
     UNFINISHED_STEP_FIELD_NUMBER: _ClassVar[int]
     WORKER_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTION_FIELD_NUMBER: _ClassVar[int]
+    BEGINS_ANEW_FIELD_NUMBER: _ClassVar[int]
+    WORKER_LOAD_FIELD_NUMBER: _ClassVar[int]
     attach_token: int
     epoch: int
     applied_step: int
@@ -52,4 +54,6 @@ class AttachOpened(_message.Message):
     unfinished_step: int
     worker: int
     contribution: int
-    def __init__(self, attach_token: _Optional[int] = ..., epoch: _Optional[int] = ..., applied_step: _Optional[int] = ..., durable_step: _Optional[int] = ..., applied_load: _Optional[int] = ..., ready: bool = ..., transport: _Optional[_Union[_transport_pb2.Transport, str]] = ..., transport_reason: _Optional[str] = ..., handoff: _Optional[_Union[_transport_pb2.Handoff, _Mapping]] = ..., unfinished_step: _Optional[int] = ..., worker: _Optional[int] = ..., contribution: _Optional[int] = ...) -> None: ...
+    begins_anew: bool
+    worker_load: int
+    def __init__(self, attach_token: _Optional[int] = ..., epoch: _Optional[int] = ..., applied_step: _Optional[int] = ..., durable_step: _Optional[int] = ..., applied_load: _Optional[int] = ..., ready: bool = ..., transport: _Optional[_Union[_transport_pb2.Transport, str]] = ..., transport_reason: _Optional[str] = ..., handoff: _Optional[_Union[_transport_pb2.Handoff, _Mapping]] = ..., unfinished_step: _Optional[int] = ..., worker: _Optional[int] = ..., contribution: _Optional[int] = ..., begins_anew: bool = ..., worker_load: _Optional[int] = ...) -> None: ...

@@ -26,7 +26,7 @@ from stepwire.v1 import optimizer_pb2 as stepwire_dot_v1_dot_optimizer__pb2
 from stepwire.v1 import step_pb2 as stepwire_dot_v1_dot_step__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16stepwire/v1/move.proto\x12\x0bstepwire.v1\x1a\x1bstepwire/v1/optimizer.proto\x1a\x16stepwire/v1/step.proto\"\xa0\x02\n\x0cStateNumbers\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0c\n\x04load\x18\x02 \x01(\x04\x12\x14\n\x0ctensor_steps\x18\x03 \x03(\x04\x12\x16\n\x0etensor_scalars\x18\x04 \x03(\x01\x12\x34\n\nloss_scale\x18\x05 \x01(\x0b\x32\x1b.stepwire.v1.LossScaleStateH\x00\x88\x01\x01\x12\x11\n\tsum_bound\x18\x06 \x01(\x01\x12\x31\n\x0blast_result\x18\x07 \x01(\x0b\x32\x17.stepwire.v1.StepResultH\x01\x88\x01\x01\x12+\n\x07workers\x18\x08 \x03(\x0b\x32\x1a.stepwire.v1.WorkerNumbersB\r\n\x0b_loss_scaleB\x0e\n\x0c_last_result\"4\n\x0cWorkerNumber\x12\x0e\n\x06worker\x18\x01 \x01(\r\x12\x14\n\x0c\x63ontribution\x18\x02 \x01(\x04\"\x98\x01\n\rWorkerNumbers\x12\x0e\n\x06worker\x18\x01 \x01(\r\x12\x14\n\x0c\x63ontribution\x18\x02 \x01(\x04\x12\x31\n\x0blast_result\x18\x03 \x01(\x0b\x32\x17.stepwire.v1.StepResultH\x00\x88\x01\x01\x12\x0f\n\x07present\x18\x04 \x01(\x08\x12\r\n\x05\x63lock\x18\x05 \x01(\x04\x42\x0e\n\x0c_last_result\"6\n\nImportOpen\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x14\n\x0c\x61ttach_token\x18\x02 \x01(\x04\"8\n\tSuccessor\x12+\n\x06shards\x18\x01 \x03(\x0b\x32\x1b.stepwire.v1.SuccessorShard\"^\n\x0eSuccessorShard\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x14\n\x0c\x61ttach_token\x18\x03 \x01(\x04\x12\x12\n\nattach_key\x18\x04 \x01(\x0c\x42\x8a\x01\n\x15io.github.stepwire.v1B\tMoveProtoP\x01Z9github.com/stepwire/stepwire/proto/stepwire/v1;stepwirev1\xaa\x02\x0bStepwire.V1\xca\x02\x0bStepwire\\V1\xea\x02\x0cStepwire::V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16stepwire/v1/move.proto\x12\x0bstepwire.v1\x1a\x1bstepwire/v1/optimizer.proto\x1a\x16stepwire/v1/step.proto\"\xa0\x02\n\x0cStateNumbers\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12\x0c\n\x04load\x18\x02 \x01(\x04\x12\x14\n\x0ctensor_steps\x18\x03 \x03(\x04\x12\x16\n\x0etensor_scalars\x18\x04 \x03(\x01\x12\x34\n\nloss_scale\x18\x05 \x01(\x0b\x32\x1b.stepwire.v1.LossScaleStateH\x00\x88\x01\x01\x12\x11\n\tsum_bound\x18\x06 \x01(\x01\x12\x31\n\x0blast_result\x18\x07 \x01(\x0b\x32\x17.stepwire.v1.StepResultH\x01\x88\x01\x01\x12+\n\x07workers\x18\x08 \x03(\x0b\x32\x1a.stepwire.v1.WorkerNumbersB\r\n\x0b_loss_scaleB\x0e\n\x0c_last_result\"I\n\x0cWorkerNumber\x12\x0e\n\x06worker\x18\x01 \x01(\r\x12\x14\n\x0c\x63ontribution\x18\x02 \x01(\x04\x12\x13\n\x0b\x62\x65gins_anew\x18\x03 \x01(\x08\"\xa8\x01\n\rWorkerNumbers\x12\x0e\n\x06worker\x18\x01 \x01(\r\x12\x14\n\x0c\x63ontribution\x18\x02 \x01(\x04\x12\x31\n\x0blast_result\x18\x03 \x01(\x0b\x32\x17.stepwire.v1.StepResultH\x00\x88\x01\x01\x12\x0f\n\x07present\x18\x04 \x01(\x08\x12\r\n\x05\x63lock\x18\x05 \x01(\x04\x12\x0e\n\x06loaded\x18\x06 \x01(\x04\x42\x0e\n\x0c_last_result\"6\n\nImportOpen\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x14\n\x0c\x61ttach_token\x18\x02 \x01(\x04\"8\n\tSuccessor\x12+\n\x06shards\x18\x01 \x03(\x0b\x32\x1b.stepwire.v1.SuccessorShard\"^\n\x0eSuccessorShard\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x14\n\x0c\x61ttach_token\x18\x03 \x01(\x04\x12\x12\n\nattach_key\x18\x04 \x01(\x0c\x42\x8a\x01\n\x15io.github.stepwire.v1B\tMoveProtoP\x01Z9github.com/stepwire/stepwire/proto/stepwire/v1;stepwirev1\xaa\x02\x0bStepwire.V1\xca\x02\x0bStepwire\\V1\xea\x02\x0cStepwire::V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,13 +37,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STATENUMBERS']._serialized_start=93
   _globals['_STATENUMBERS']._serialized_end=381
   _globals['_WORKERNUMBER']._serialized_start=383
-  _globals['_WORKERNUMBER']._serialized_end=435
-  _globals['_WORKERNUMBERS']._serialized_start=438
-  _globals['_WORKERNUMBERS']._serialized_end=590
-  _globals['_IMPORTOPEN']._serialized_start=592
-  _globals['_IMPORTOPEN']._serialized_end=646
-  _globals['_SUCCESSOR']._serialized_start=648
-  _globals['_SUCCESSOR']._serialized_end=704
-  _globals['_SUCCESSORSHARD']._serialized_start=706
-  _globals['_SUCCESSORSHARD']._serialized_end=800
+  _globals['_WORKERNUMBER']._serialized_end=456
+  _globals['_WORKERNUMBERS']._serialized_start=459
+  _globals['_WORKERNUMBERS']._serialized_end=627
+  _globals['_IMPORTOPEN']._serialized_start=629
+  _globals['_IMPORTOPEN']._serialized_end=683
+  _globals['_SUCCESSOR']._serialized_start=685
+  _globals['_SUCCESSOR']._serialized_end=741
+  _globals['_SUCCESSORSHARD']._serialized_start=743
+  _globals['_SUCCESSORSHARD']._serialized_end=837
 # @@protoc_insertion_point(module_scope)

@@ -29,26 +29,30 @@ class StateNumbers(_message.Message):
     def __init__(self, step: _Optional[int] = ..., load: _Optional[int] = ..., tensor_steps: _Optional[_Iterable[int]] = ..., tensor_scalars: _Optional[_Iterable[float]] = ..., loss_scale: _Optional[_Union[_optimizer_pb2.LossScaleState, _Mapping]] = ..., sum_bound: _Optional[float] = ..., last_result: _Optional[_Union[_step_pb2.StepResult, _Mapping]] = ..., workers: _Optional[_Iterable[_Union[WorkerNumbers, _Mapping]]] = ...) -> None: ...
 
 class WorkerNumber(_message.Message):
-    __slots__ = ("worker", "contribution")
+    __slots__ = ("worker", "contribution", "begins_anew")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTION_FIELD_NUMBER: _ClassVar[int]
+    BEGINS_ANEW_FIELD_NUMBER: _ClassVar[int]
     worker: int
     contribution: int
-    def __init__(self, worker: _Optional[int] = ..., contribution: _Optional[int] = ...) -> None: ...
+    begins_anew: bool
+    def __init__(self, worker: _Optional[int] = ..., contribution: _Optional[int] = ..., begins_anew: bool = ...) -> None: ...
 
 class WorkerNumbers(_message.Message):
-    __slots__ = ("worker", "contribution", "last_result", "present", "clock")
+    __slots__ = ("worker", "contribution", "last_result", "present", "clock", "loaded")
     WORKER_FIELD_NUMBER: _ClassVar[int]
     CONTRIBUTION_FIELD_NUMBER: _ClassVar[int]
     LAST_RESULT_FIELD_NUMBER: _ClassVar[int]
     PRESENT_FIELD_NUMBER: _ClassVar[int]
     CLOCK_FIELD_NUMBER: _ClassVar[int]
+    LOADED_FIELD_NUMBER: _ClassVar[int]
     worker: int
     contribution: int
     last_result: _step_pb2.StepResult
     present: bool
     clock: int
-    def __init__(self, worker: _Optional[int] = ..., contribution: _Optional[int] = ..., last_result: _Optional[_Union[_step_pb2.StepResult, _Mapping]] = ..., present: bool = ..., clock: _Optional[int] = ...) -> None: ...
+    loaded: int
+    def __init__(self, worker: _Optional[int] = ..., contribution: _Optional[int] = ..., last_result: _Optional[_Union[_step_pb2.StepResult, _Mapping]] = ..., present: bool = ..., clock: _Optional[int] = ..., loaded: _Optional[int] = ...) -> None: ...
 
 class ImportOpen(_message.Message):
     __slots__ = ("session_id", "attach_token")

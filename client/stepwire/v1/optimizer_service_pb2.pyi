@@ -223,12 +223,14 @@ class LoadRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[_state_pb2.LoadOpen, _Mapping]] = ..., slot: _Optional[str] = ..., chunk: _Optional[_Union[_tensor_pb2.Chunk, _Mapping]] = ..., commit: bool = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class LoadResponse(_message.Message):
-    __slots__ = ("session", "replayed")
+    __slots__ = ("session", "replayed", "worker")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     REPLAYED_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
     session: _session_pb2.Session
     replayed: bool
-    def __init__(self, session: _Optional[_Union[_session_pb2.Session, _Mapping]] = ..., replayed: bool = ...) -> None: ...
+    worker: int
+    def __init__(self, session: _Optional[_Union[_session_pb2.Session, _Mapping]] = ..., replayed: bool = ..., worker: _Optional[int] = ...) -> None: ...
 
 class SaveCheckpointRequest(_message.Message):
     __slots__ = ("session_id", "name")
@@ -305,12 +307,14 @@ class RollbackRequest(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., attach_token: _Optional[int] = ..., load: _Optional[int] = ..., epoch: _Optional[int] = ..., applied_step: _Optional[int] = ..., checkpoint: _Optional[str] = ..., step: _Optional[int] = ..., worker: _Optional[int] = ...) -> None: ...
 
 class RollbackResponse(_message.Message):
-    __slots__ = ("session", "replayed")
+    __slots__ = ("session", "replayed", "worker")
     SESSION_FIELD_NUMBER: _ClassVar[int]
     REPLAYED_FIELD_NUMBER: _ClassVar[int]
+    WORKER_FIELD_NUMBER: _ClassVar[int]
     session: _session_pb2.Session
     replayed: bool
-    def __init__(self, session: _Optional[_Union[_session_pb2.Session, _Mapping]] = ..., replayed: bool = ...) -> None: ...
+    worker: int
+    def __init__(self, session: _Optional[_Union[_session_pb2.Session, _Mapping]] = ..., replayed: bool = ..., worker: _Optional[int] = ...) -> None: ...
 
 class ForkSessionRequest(_message.Message):
     __slots__ = ("session_id", "request_id", "checkpoint", "step", "label", "device", "lease", "durability", "checkpoints")

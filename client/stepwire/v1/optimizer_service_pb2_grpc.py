@@ -288,15 +288,16 @@ class OptimizerServiceServicer(object):
     def Load(self, request_iterator, context):
         """Replaces whole slots by streamed values, all at once at its `commit`.
 
-        Loads are numbered like steps: `load` is the number that this load will have once committed, and the first is 1.
-        The last number again changes nothing and returns the session. A stream that ends before `commit` leaves no
-        trace. A stream that is silent for `Limits.step_idle` is CANCELLED.
+        Loads are numbered like steps: `load` is the number that this load will have once committed, and the first is 1. In a
+        session of several workers it may be any later number than the last one's.
+        The last number again changes nothing and returns the session, and so does that of the worker's own last load. A
+        stream that ends before `commit` leaves no trace. A stream that is silent for `Limits.step_idle` is CANCELLED.
 
         Errors:
         - NOT_FOUND/SESSION_NOT_FOUND: as GetSession.
         - INVALID_ARGUMENT/INVALID_FRAME, INVALID_TENSOR, INVALID_CONFIG: as Attach (metadata: field).
-        - ABORTED/STEP_MISMATCH, STEP_SUPERSEDED: `load` is not the next one (metadata: expected_load,
-        actual_load), or `step` would go back.
+        - ABORTED/STEP_MISMATCH, STEP_SUPERSEDED: `load` is not the next one (metadata: expected_load, actual_load, and of
+        several workers worker_load, the last one of this worker), or `step` would go back (metadata: field).
         - FAILED_PRECONDITION/FENCED: another client holds the worker (metadata: worker).
         - UNAVAILABLE/STREAM_DISPLACED: a newer stream of this client holds the worker; attach again (metadata: worker).
         - FAILED_PRECONDITION/STALE_EPOCH: the session lives in another epoch than `LoadOpen.epoch` (metadata: epoch).

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Iterator, Sequence
 
-from stepwire.errors import NotEnoughWorkersError, StepwireError
+from stepwire.errors import NotEnoughWorkersError, StepMismatchError, StepwireError
 from stepwire.optimizers.aggregation import Aggregation
 from stepwire_server.aggregation.grace import Grace
 from stepwire_server.records.round_result import Contributor
@@ -43,6 +43,19 @@ class Contribution:
     writer: ReplyWriter | None = None
     rows: Sequence[NamedRows] = ()
     replaced: bool = False
+
+    def check_number(self, number: int) -> None:
+        """Refuse another contribution of the worker before this one is answered.
+
+        Raises:
+            StepMismatchError: it has another number.
+        """
+        if number != self.request.step:
+            raise StepMismatchError(
+                f"contribution {self.request.step} of worker {self.holder.worker} is in the open round, and {number} "
+                "comes before its answer; send that one again",
+                metadata={"expected_step": self.request.step, "actual_step": number},
+            )
 
 
 class Round:

@@ -89,7 +89,7 @@ class Shadow(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     update_norm: float
 
 
-class MemberFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class MemberFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """The facts of one worker of several.
 
     Attributes:
@@ -98,6 +98,8 @@ class MemberFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         generation: the number of its last hold.
         acquired: the generation in which the client of that hold took the worker from another one.
         last_result: the result of that contribution, encoded; None for none.
+        load: the session's last load when it was answered; None for that of the checkpoint, and of older servers.
+        loaded: the last load that the worker committed; 0 for none, and of older servers.
     """
 
     worker: _Count
@@ -105,6 +107,8 @@ class MemberFacts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     generation: _Count
     acquired: _Count
     last_result: bytes | None = None
+    load: _Count | None = None
+    loaded: _Count = 0
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -95,7 +95,9 @@ class CheckpointService:
             holder = session.holder_of(request.attach_token, request.worker)
             done = self._rollbacks.roll_back(session, holder, numbers, origin)
         return pb.RollbackResponse(
-            session=encode_session(session, self._registry.clock(), whole=False), replayed=not done
+            session=encode_session(session, self._registry.clock(), whole=False),
+            replayed=not done,
+            worker=session.ledger.members.loader(request.load),
         )
 
     def fork_session(self, request: pb.ForkSessionRequest, context: grpc.ServicerContext) -> Any:

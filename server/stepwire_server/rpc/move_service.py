@@ -73,15 +73,15 @@ class MoveService:
             raise InvalidRequestError.of("lease", f"{seconds!r} s is not in (0, {_LONGEST_FREEZE_SECONDS:g}]")
         session = self._sessions(context).get(request.session_id)
         with session.calls.one():
-            frozen = self._moves.freeze(
-                session, move_id, request.last_step, seconds, decode_contributions(request.last_contributions)
-            )
+            last = decode_contributions(request.last_contributions)
+            anew = [each.worker for each in request.last_contributions if each.begins_anew]
+            frozen = self._moves.freeze(session, move_id, request.last_step, seconds, last, anew)
         return pb.FreezeSessionResponse(
             applied_step=frozen.applied_step,
             last_step=frozen.last_step,
             applied_load=frozen.applied_load,
             epoch=frozen.epoch,
-            contributions=encode_contributions(frozen.contributions),
+            contributions=encode_contributions(frozen.contributions, frozen.begin_anew),
             last_contributions=encode_contributions(frozen.last_contributions),
         )
 

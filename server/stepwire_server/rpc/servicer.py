@@ -233,7 +233,8 @@ class OptimizerService:
             loaded = transfer.load(session, opening, frames, self._config.max_chunk_bytes)
         description = encode_session(session, self._registry.clock(), whole=False)
         session.settle()
-        return pb.LoadResponse(session=description, replayed=not loaded)
+        loader = session.ledger.members.loader(opening.message.open.load)
+        return pb.LoadResponse(session=description, replayed=not loaded, worker=loader)
 
 
 def _attached(
@@ -254,7 +255,8 @@ def _opening(frames: Iterator[Frame]) -> Frame:
 
 
 def _opened(session: Session, holder: Holder, shared: StreamTransport) -> pb.AttachResponse:
-    ledger = session.ledger
+    ledger, member = session.ledger, session.ledger.members[holder.worker]
+    several = session.config.aggregation is not None
     return pb.AttachResponse(
         opened=attach_pb2.AttachOpened(
             attach_token=holder.token,
@@ -268,6 +270,8 @@ def _opened(session: Session, holder: Holder, shared: StreamTransport) -> pb.Att
             transport_reason=shared.reason,
             handoff=shared.handoff,
             worker=holder.worker,
-            contribution=ledger.members[holder.worker].number,
+            contribution=member.number,
+            begins_anew=several and member.begins_anew(ledger.applied_load),
+            worker_load=None if ledger.members.loader(ledger.applied_load) is None else member.loaded,
         )
     )

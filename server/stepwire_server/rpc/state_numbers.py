@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import msgspec
 
@@ -48,15 +48,19 @@ def encode_numbers(captured: Captured) -> move_pb2.StateNumbers:
                 contribution=each.contribution,
                 present=each.worker in captured.present,
                 clock=captured.clocks.get(each.worker, 0),
+                loaded=each.loaded,
             )
             if each.last_result is not None:
                 encode_result(msgspec.msgpack.decode(each.last_result, type=StepResult), 0, worker.last_result)
     return message
 
 
-def encode_contributions(numbers: Mapping[int, int]) -> list[move_pb2.WorkerNumber]:
-    """Encode the numbers of several workers."""
-    return [move_pb2.WorkerNumber(worker=index, contribution=number) for index, number in numbers.items()]
+def encode_contributions(numbers: Mapping[int, int], anew: Collection[int] = ()) -> list[move_pb2.WorkerNumber]:
+    """Encode the numbers of several workers, of whom some begin anew behind a load."""
+    return [
+        move_pb2.WorkerNumber(worker=index, contribution=number, begins_anew=index in anew)
+        for index, number in numbers.items()
+    ]
 
 
 def decode_contributions(message: Iterable[move_pb2.WorkerNumber]) -> dict[int, int]:
@@ -111,16 +115,14 @@ def _decode_workers(message: move_pb2.StateNumbers, config: SessionConfig) -> It
             raise _wrong(
                 f"{field}.worker", f"{each.worker} is not in ({former}, {most}): name each worker once, by index"
             )
-        for counter, value in (("contribution", each.contribution), ("clock", each.clock)):
-            if value >= _COUNTER_END:
+        for counter in ("contribution", "clock", "loaded"):
+            if (value := getattr(each, counter)) >= _COUNTER_END:
                 raise _wrong(f"{field}.{counter}", f"{value} is not below 2^53")
-        if each.HasField("last_result") != (each.contribution > 0):
-            raise _wrong(f"{field}.last_result", "it is set exactly if the worker has contributed")
-        if each.contribution:
+        if each.HasField("last_result"):
             result = decode_result(each.last_result)
             part = result.round
             groups = {len(config.groups)} | ({0} if part is not None and part.dropped else set())
-            if part is None or part.contribution != each.contribution or len(result.groups) not in groups:
+            if part is None or not 0 < part.contribution == each.contribution or len(result.groups) not in groups:
                 raise _wrong(f"{field}.last_result", f"it is no result of contribution {each.contribution}")
             if result.step > message.step:
                 raise _wrong(f"{field}.last_result", f"it is of step {result.step}, and the state of {message.step}")
@@ -131,6 +133,7 @@ def _decode_workers(message: move_pb2.StateNumbers, config: SessionConfig) -> It
             generation=FIRST_GENERATION,
             acquired=FIRST_GENERATION,
             last_result=None if result is None else msgspec.msgpack.encode(result),
+            loaded=each.loaded,
         )
 
 

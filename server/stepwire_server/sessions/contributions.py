@@ -32,7 +32,7 @@ from stepwire_server.steps.check_gradient import GradientCheck
 from stepwire_server.steps.reply import ReplyWriter
 from stepwire_server.steps.step import Hold, Step
 
-__all__ = ["Contributions", "Parts", "UploadRoom", "not_sent"]
+__all__ = ["Contributions", "Parts", "UploadRoom", "again", "not_sent"]
 
 
 class Parts(NamedTuple):
@@ -146,8 +146,9 @@ class Contributions(abc.ABC):
             StepwireError: as `Commits.apply`; the state is as before.
         """
         result = self.parts.commits.apply(step, writer, step.parts[0][1])
+        ledger = self.parts.ledger
         for worker, part in step.parts:
-            self.parts.ledger.members[worker].answered(part.contribution, result._replace(round=part))
+            ledger.members[worker].answered(part.contribution, ledger.applied_load, result._replace(round=part))
         self.wake()
         return result
 
@@ -188,7 +189,8 @@ class Contributions(abc.ABC):
             StepMismatchError: neither.
             UnavailableError: the session is frozen for a move.
         """
-        following, freeze = member.admit(number), self.parts.ledger.freeze
+        ledger = self.parts.ledger
+        following, freeze = member.admit(number, ledger.applied_load), ledger.freeze
         if following and freeze is not None:
             freeze.check_contribution(member.worker.index, number)
         return following
@@ -217,13 +219,7 @@ class Contributions(abc.ABC):
             StepwireError: as `Ledger.check_step`, or the error of `end`.
         """
         if self._ending is not None:
-            error = self._ending
-            raise type(error)(
-                str(error),
-                reason=error.reason,
-                metadata=error.metadata,
-                retry_after_seconds=error.retry_after_seconds,
-            )
+            raise again(self._ending)
         ledger = self.parts.ledger
         ledger.check_usable()
         if ledger.freeze is not None:
@@ -259,11 +255,18 @@ class Contributions(abc.ABC):
             round=part,
         )
         self.parts.commits.reply(step.request._replace(reply_base=None), writer, step.named_rows())
-        member.answered(number, result)
+        member.answered(number, ledger.applied_load, result)
         member.told = True
         self.parts.progress.dropped(step.holder, number, msgspec.msgpack.encode(result))
         self.wake()
         return result
+
+
+def again(error: StepwireError) -> StepwireError:
+    """Return a copy of an error: one that several threads raise gathers traces."""
+    return type(error)(
+        str(error), reason=error.reason, metadata=error.metadata, retry_after_seconds=error.retry_after_seconds
+    )
 
 
 def not_sent(number: int) -> StateChangedError:

@@ -308,7 +308,7 @@ class StateExchange:
             ledger.last_result,
             ledger.worker.holder,
             ledger.members.acquisitions,
-            ledger.members.facts(),
+            ledger.members.facts(ledger.applied_load),
             self._position(),
             itertools.chain(capture.blocks(self._lock), row_blocks(state.row_numbers, state.row_ids)),
             read_probe(state.config, state.read),
@@ -346,7 +346,7 @@ class StateExchange:
             incoming.finish(numbers, captured.sum_bound)
             self._ledger.restore(numbers.step, numbers.load, ready=captured.ready, last_result=captured.last_result)
             if captured.members:
-                self._ledger.members.restore(captured.members, self._ledger.epoch)
+                self._ledger.members.restore(captured.members, numbers.load, self._ledger.epoch)
             else:
                 self._ledger.worker.restore(captured.holder.acquired, self._ledger.epoch)
 
@@ -391,7 +391,7 @@ class StateExchange:
                 replace_rows(state, load.tables)
             else:
                 state.adopt(load.staged, request, first=not self._ledger.ready)
-            self._ledger.commit_load(request)
+            self._ledger.commit_load(request, load.holder)
         self._loaded()
         self._progress.load_committed(load.entry, request, load.holder)
         if state.unfinished is None:

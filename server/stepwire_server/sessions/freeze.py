@@ -29,6 +29,7 @@ class Frozen(NamedTuple):
         epoch: its epoch.
         contributions: of several workers, those that have joined, with their last contributions.
         last_contributions: of several workers, the last contributions that are admitted.
+        begin_anew: of several workers, those whose last contributions a load has come behind.
     """
 
     applied_step: int
@@ -37,6 +38,7 @@ class Frozen(NamedTuple):
     epoch: int
     contributions: Mapping[int, int] = {}
     last_contributions: Mapping[int, int] = {}
+    begin_anew: Collection[int] = ()
 
 
 class Rest(NamedTuple):

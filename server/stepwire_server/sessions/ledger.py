@@ -118,7 +118,7 @@ class Ledger:
             raise self._other_load(request.load)
 
     def admit_load(self, request: LoadRequest, holder: Hold) -> bool:
-        """Return True for the next load and False for a replay of the last.
+        """Return True for the next load and False for a replay: of the last one, or of the last one of this worker.
 
         Raises:
             FencedError, UnavailableError, SessionNotFoundError, DataLossError: as `admit_step`.
@@ -127,10 +127,13 @@ class Ledger:
         self.check_epoch(request.epoch)
         self.check_sound()
         self.members[holder.worker].worker.check(holder)
-        if request.load == self.applied_load and request.load > 0:
+        if request.load > 0 and request.load in (self.applied_load, self.members[holder.worker].loaded):
             return False
-        if request.load != self.applied_load + 1:
-            raise _mismatch("load", expected=self.applied_load + 1, actual=request.load)
+        if not self.members.follows(request.load, self.applied_load):
+            mismatch = _mismatch("load", expected=self.applied_load + 1, actual=request.load)
+            if self.members.most > 1:
+                mismatch.metadata["worker_load"] = str(self.members[holder.worker].loaded)
+            raise mismatch
         if self.freeze is not None:
             self.freeze.check_load(request.load)
         if request.step is not None and request.step < self.applied_step:
@@ -147,9 +150,10 @@ class Ledger:
         self.last_result = result
         self.applied_step = self._replied = result.step
 
-    def commit_load(self, request: LoadRequest) -> None:
-        """Note an applied load."""
+    def commit_load(self, request: LoadRequest, holder: Hold) -> None:
+        """Note an applied load, and whose it was."""
         self.applied_load, self._replied = request.load, None
+        self.members[holder.worker].loaded = request.load
         self.ready = self.ready or PARAM in request.slots
         if request.step is not None and request.step != self.applied_step:
             self.applied_step, self.last_result = request.step, None

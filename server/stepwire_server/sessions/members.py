@@ -27,19 +27,21 @@ class Member:
     Attributes:
         worker: the worker, with its holder.
         number: the number of the contribution; 0 before the first. Without aggregation it stays 0.
-        result: its result, for a replay; None before the first.
+        load: the session's last load when it was answered; 0 before the first.
+        loaded: the last load that the worker committed, as far as is known; 0 for none.
+        result: its result, for a replay; None before the first, and for a number that a move has evened out.
         told: the result has been sent.
         clock: the contributions since it joined, and those of the slowest worker that it joined.
         awaited_until: the clock reading until which it is present without a stream: its session has moved, and it
             follows. It is inf until somebody has tried to attach, and -inf for a worker that nobody awaits.
     """
 
-    __slots__ = ("awaited_until", "clock", "number", "result", "told", "worker")
+    __slots__ = ("awaited_until", "clock", "load", "loaded", "number", "result", "told", "worker")
 
     def __init__(self, index: int, tokens: AttachTokens) -> None:
         """Start without a contribution."""
         self.worker = Worker(index, tokens)
-        self.number = 0
+        self.number = self.load = self.loaded = 0
         self.result: StepResult | None = None
         self.told = False
         self.clock = 0
@@ -49,13 +51,24 @@ class Member:
         """Tell whether the worker has a stream, or is about to have one again."""
         return self.worker.attached or now < self.awaited_until
 
-    def admit(self, number: int) -> bool:
+    def begins_anew(self, load: int) -> bool:
+        """Tell whether the session's last load has come behind the last contribution.
+
+        Nothing that the worker sent before counts any more, so any later number is the next one.
+        """
+        return load > self.load
+
+    def admit(self, number: int, load: int) -> bool:
         """Return True for the next contribution and False for a replay of the last one.
+
+        Args:
+            number: the number of the contribution.
+            load: the session's last load.
 
         Raises:
             StepMismatchError: neither.
         """
-        if number == self.number + 1:
+        if number == self.number + 1 or (number > self.number and self.begins_anew(load)):
             return True
         if number == self.number and self.result is not None:
             return False
@@ -67,15 +80,15 @@ class Member:
             metadata={"expected_step": self.number + 1, "actual_step": number},
         )
 
-    def answered(self, number: int, result: StepResult) -> None:
-        """Note an answer."""
-        self.number, self.result, self.told = number, result, False
+    def answered(self, number: int, load: int, result: StepResult) -> None:
+        """Note an answer, and the session's last load at that time."""
+        self.number, self.load, self.result, self.told = number, load, result, False
 
-    def restore(self, number: int, result: bytes) -> None:
+    def restore(self, number: int, load: int, result: bytes | None) -> None:
         """Note the answer of an earlier server, unless a later one is known."""
         if number > self.number:
-            self.answered(number, msgspec.msgpack.decode(result, type=StepResult))
-            self.told = True
+            self.number, self.load, self.told = number, load, True
+            self.result = None if result is None else msgspec.msgpack.decode(result, type=StepResult)
 
 
 class Members:
@@ -115,6 +128,18 @@ class Members:
     def __iter__(self) -> Iterator[Member]:
         """Iterate over the workers that have attached so far, by index."""
         return iter([self._members[index] for index in sorted(self._members)])
+
+    def follows(self, load: int, last: int) -> bool:
+        """Tell whether a load may follow on the last one; of several workers, under any later number.
+
+        So a number is one load's at all shards of a model, whatever the others are at.
+        """
+        return load > last if self.most > 1 else load == last + 1
+
+    def loader(self, load: int) -> int | None:
+        """Return the worker that committed a load; None where nobody knows any more, and for a single worker."""
+        found = (index for index, member in self._members.items() if member.loaded == load)
+        return next(found, None) if self.most > 1 else None
 
     def join(self, member: Member, now: float, *, was_present: bool) -> None:
         """Have a worker that has come begin beside the slowest present one: nobody waits until it has caught up.
@@ -170,6 +195,17 @@ class Members:
         """
         return sum(member.worker.holder.acquired + member.number for member in self._members.values())
 
+    def even_out(self, numbers: Mapping[int, int], load: int) -> None:
+        """Have workers go on from numbers that other shards answered before a load, which this one has too."""
+        for index, number in numbers.items():
+            member = self[index]
+            if number > member.number and member.begins_anew(load):
+                member.number, member.result = number, None
+
+    def begin_anew(self, load: int) -> frozenset[int]:
+        """Return the workers whose next contribution may have any later number."""
+        return frozenset(index for index, member in self._members.items() if member.begins_anew(load))
+
     def generations(self) -> dict[int, int]:
         """Return the number of each worker's hold."""
         return {index: member.worker.holder.generation for index, member in self._members.items()}
@@ -183,8 +219,8 @@ class Members:
         """Return the workers that somebody has acquired so far, by index."""
         return {member.worker.index: member for member in self if member.worker.holder.acquired}
 
-    def facts(self) -> tuple[MemberFacts, ...]:
-        """Return what a checkpoint tells of the workers; nothing of a single one without aggregation."""
+    def facts(self, load: int) -> tuple[MemberFacts, ...]:
+        """Return what a checkpoint of a load tells of the workers; nothing of a single one without aggregation."""
         if self.most == 1 and self[0].result is None:
             return ()
         return tuple(
@@ -194,22 +230,25 @@ class Members:
                 generation=member.worker.holder.generation,
                 acquired=member.worker.holder.acquired,
                 last_result=None if member.result is None else msgspec.msgpack.encode(member.result),
+                load=None if member.load == load or not member.number else member.load,
+                loaded=member.loaded,
             )
             for member in self
         )
 
-    def restore(self, facts: Sequence[MemberFacts], epoch: int) -> None:
+    def restore(self, facts: Sequence[MemberFacts], load: int, epoch: int) -> None:
         """Go on from the workers of an earlier server.
 
         Args:
             facts: what a checkpoint tells of them.
+            load: the last load of that checkpoint.
             epoch: the epoch of this server.
         """
         for each in facts:
             member = self[each.worker]
             member.worker.restore(each.acquired, epoch)
-            if each.last_result is not None:
-                member.restore(each.contribution, each.last_result)
+            member.loaded = max(member.loaded, each.loaded)
+            member.restore(each.contribution, load if each.load is None else each.load, each.last_result)
 
     @property
     def attached(self) -> frozenset[int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from stepwire.errors import DataLossError, InvalidRequestError, UnsupportedFeatureError
 from stepwire_server.durability.moved import MovedHold, MovedSession, MovedShard
@@ -36,7 +36,13 @@ class Moves:
         self._ending = threading.Lock()  # of one session at a time, for as long as disk and store take
 
     def freeze(
-        self, session: Session, move_id: str, last_step: int, seconds: float, last_contributions: Mapping[int, int]
+        self,
+        session: Session,
+        move_id: str,
+        last_step: int,
+        seconds: float,
+        last_contributions: Mapping[int, int],
+        begin_anew: Collection[int] = (),
     ) -> Frozen:
         """Freeze a session; see `Passage.freeze`. A record of its successor that was refused before is kept first.
 
@@ -52,7 +58,7 @@ class Moves:
                 if (end := self._pending.get(session.session_id)) is not None:
                     end()
             self._registry.moved.check(session.session_id)
-        return session.passage.freeze(move_id, last_step, seconds, last_contributions)
+        return session.passage.freeze(move_id, last_step, seconds, last_contributions, begin_anew)
 
     def keep(self, session: Session) -> None:
         """Make an imported state as durable as its session is to be: also in the object store, if there is one.

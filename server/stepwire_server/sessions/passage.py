@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 from stepwire.errors import DataLossError, InvalidRequestError, StateChangedError
 from stepwire_server.sessions.calls_under_way import CallsUnderWay
@@ -69,12 +69,17 @@ class Passage:
             return True
 
     def freeze(
-        self, move_id: str, last_step: int, seconds: float, last_contributions: Mapping[int, int] | None = None
+        self,
+        move_id: str,
+        last_step: int,
+        seconds: float,
+        last_contributions: Mapping[int, int] | None = None,
+        begin_anew: Collection[int] = (),
     ) -> Frozen:
         """Admit no step beyond the present one, or a later one, and no load, for some seconds; again to renew.
 
         A step that is half applied is the present one. Of several workers, an open round ends with `UnavailableError`
-        if it has contributions beyond the last ones.
+        if it has contributions beyond the last ones. Workers that begin anew behind a load go on from those at once.
 
         Raises:
             InvalidRequestError: a contribution is of no worker of the session.
@@ -85,8 +90,10 @@ class Passage:
             ledger, half = self._ledger, self._state.unfinished
             ledger.check_usable()
             present = ledger.applied_step if half is None else half.number
-            bounds, numbers = [last_contributions or {}], self._numbers()
+            bounds = [last_contributions or {}]
             self._check_workers(bounds[0])
+            ledger.members.even_out({index: bounds[0][index] for index in begin_anew}, ledger.applied_load)
+            numbers, anew = self._numbers(), ledger.members.begin_anew(ledger.applied_load)
             former, followers = ledger.freeze, self._present()
             if former is not None and former.move_id == move_id and not former.is_over:
                 last_step = max(last_step, former.last_step)
@@ -99,7 +106,7 @@ class Passage:
             if self._contributions is not None:
                 self._contributions.rest(former)
             last, load, epoch = former.last_contributions, ledger.applied_load, ledger.epoch
-            frozen = Frozen(ledger.applied_step, former.last_step, load, epoch, numbers, last)
+            frozen = Frozen(ledger.applied_step, former.last_step, load, epoch, numbers, last, anew)
             mark = self._progress.last
         self._progress.read(mark)
         return frozen

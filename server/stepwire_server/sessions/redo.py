@@ -139,7 +139,8 @@ class Redo:
             hold = decode_entry(HoldEntry, record.meta)
             self._acquired(hold.worker, hold.generation)
             if hold.dropped:
-                self.session.ledger.members[hold.worker].restore(hold.dropped, hold.result)
+                ledger = self.session.ledger
+                ledger.members[hold.worker].restore(hold.dropped, ledger.applied_load, hold.result)
 
     def _step(self, entry: StepEntry, record: RedoRecord) -> None:
         session = self.session
@@ -152,7 +153,8 @@ class Redo:
     def _load(self, entry: LoadEntry, record: RedoRecord) -> None:
         session = self.session
         if entry.load > session.ledger.applied_load:
-            _check_next(session, "load", entry.load, session.ledger.applied_load + 1)
+            if not session.ledger.members.follows(entry.load, session.ledger.applied_load):
+                _check_next(session, "load", entry.load, session.ledger.applied_load + 1)
             _redo_load(session, entry, _Chunks(self._chunks, record))
             self._made(entry)
         self._drop(record, entry.attempt)

@@ -27,8 +27,9 @@ from stepwire_server.engines.protocol import EngineState, HostArray
 from stepwire_server.records.round_result import Contributor, RoundResult
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.step_result import StepResult
-from stepwire_server.sessions.contributions import Contributions, Parts, not_sent
+from stepwire_server.sessions.contributions import Contributions, Parts, again, not_sent
 from stepwire_server.sessions.freeze import Freeze
+from stepwire_server.sessions.members import Member
 from stepwire_server.sessions.progress import Mark
 from stepwire_server.sessions.workers import Holder
 from stepwire_server.steps.check_gradient import GradientCheck, check_gradient, refusal
@@ -100,7 +101,7 @@ class Rounds(Contributions):
             while round_.check is None and not round_.is_over:
                 self._advance(round_, step)
             if round_.failure is not None:
-                raise _again(round_.failure)
+                raise again(round_.failure)
             return round_.check
 
     def loaded(self) -> None:
@@ -129,6 +130,13 @@ class Rounds(Contributions):
                 reservation.release()
 
     # --- one contribution --------------------------------------------------------------------------------
+
+    def admit(self, member: Member, number: int) -> bool:
+        """See `Contributions.admit`; while the open round has a contribution of the worker, no other one follows."""
+        following, round_ = super().admit(member, number), self._present()
+        if following and round_ is not None and (given := round_.of(member.worker.index)) is not None:
+            given.check_number(number)
+        return following
 
     def _needs_gradient(self, request: StepRequest, holder: Holder) -> bool:
         """Tell whether a contribution is a new one, and in time."""
@@ -164,7 +172,7 @@ class Rounds(Contributions):
         while not round_.is_over:
             self._advance(round_, step, decided=step.decision is not None)
         if round_.failure is not None:
-            raise _again(round_.failure)
+            raise again(round_.failure)
         assert round_.result is not None
         result = member.result
         assert result is not None
@@ -382,10 +390,3 @@ def _let_go(step: Step) -> None:
     step.named_rows()
     step.gradient.close()
     step.replay = True
-
-
-def _again(error: StepwireError) -> StepwireError:
-    """Return a copy of an error: one that several threads raise gathers traces."""
-    return type(error)(
-        str(error), reason=error.reason, metadata=error.metadata, retry_after_seconds=error.retry_after_seconds
-    )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from stepwire import errors
 from stepwire.errors import Reason
 from stepwire.wire.dtypes import FLOAT32
+from stepwire_server.durability.manifest import MemberFacts
 from stepwire_server.records.load_request import LoadRequest
 from stepwire_server.records.step_request import StepRequest
 from stepwire_server.records.step_result import StepResult, StepTimes
 from stepwire_server.sessions.ledger import Ledger, session_not_found
+from stepwire_server.sessions.members import Members
 from stepwire_server.sessions.workers import Holder
 
 ID = "0123456789abcdef0123456789abcdef"
@@ -83,11 +86,50 @@ def test_loads_are_numbered_alike(applied: int) -> None:
         assert refused.value.metadata == {"expected_load": str(applied + 1), "actual_load": str(other)}
 
 
+def test_the_last_load_of_a_worker_stays_a_replay_behind_those_of_others() -> None:
+    ledger = Ledger(ID, epoch=3, ready=True, workers=3)
+    holders = [ledger.members[index].worker.acquire() for index in range(3)]
+    for number, index in ((1, 0), (2, 1), (3, 1)):
+        assert ledger.admit_load(load(number), holders[index]) is True
+        ledger.commit_load(load(number), holders[index])
+    assert [ledger.members.loader(number) for number in (1, 2, 3)] == [0, None, 1]
+    assert ledger.admit_load(load(1), holders[0]) is False
+    assert ledger.admit_load(load(3), holders[2]) is False
+    for number, index, own in ((2, 1, "3"), (2, 0, "1"), (1, 2, "0")):
+        with pytest.raises(errors.StepMismatchError, match=r"the next load is 4") as refused:
+            ledger.admit_load(load(number), holders[index])
+        assert refused.value.metadata == {"expected_load": "4", "actual_load": str(number), "worker_load": own}
+
+
+def test_a_checkpoint_tells_of_the_loads_of_workers() -> None:
+    members, other = Members(3), Members(3)
+    for index, answered, loaded in ((0, 2, 4), (1, 4, 0), (2, 0, 3)):
+        member = members[index]
+        member.worker.acquire()
+        member.loaded = loaded
+        if answered:
+            member.answered(7, answered, result(9))
+    facts = msgspec.json.decode(msgspec.json.encode(members.facts(4)), type=tuple[MemberFacts, ...])
+    assert [(each.load, each.loaded) for each in facts] == [(2, 4), (None, 0), (None, 3)]
+    other.restore(facts, 4, epoch=5)
+    assert [(each.number, each.load, each.loaded) for each in other] == [(7, 2, 4), (7, 4, 0), (0, 0, 3)]
+    assert other.begin_anew(4) == {0, 2}
+    other.even_out({0: 9, 1: 9}, 4)
+    assert [(each.number, each.result is None) for each in other] == [(9, True), (7, False), (0, True)]
+    again = Members(3)
+    again.restore(other.facts(4), 4, epoch=6)
+    assert [(each.number, each.load, each.result is None) for each in again] == [
+        (9, 2, True),
+        (7, 4, False),
+        (0, 0, True),
+    ]
+
+
 @pytest.mark.parametrize("moved", [5, 6, 2**40])
 def test_a_load_may_move_the_step_forward(moved: int) -> None:
     ledger = ledger_at(5)
     assert ledger.admit_load(load(1, moved), holder(ledger))
-    ledger.commit_load(load(1, moved, ("exp_avg",)))
+    ledger.commit_load(load(1, moved, ("exp_avg",)), holder(ledger))
     assert (ledger.applied_load, ledger.applied_step) == (1, moved)
     assert ledger.admit_step(step(moved + 1, 0), holder(ledger)) is True
 
@@ -101,7 +143,7 @@ def test_a_load_may_not_move_the_step_back() -> None:
 def test_a_step_that_a_load_has_set_cannot_be_replayed() -> None:
     """No result of it is known here: another session applied it."""
     ledger = ledger_at(5)
-    ledger.commit_load(load(1, 9))
+    ledger.commit_load(load(1, 9), holder(ledger))
     with pytest.raises(errors.StepMismatchError):
         ledger.admit_step(step(9, 0), holder(ledger))
 
@@ -109,19 +151,19 @@ def test_a_step_that_a_load_has_set_cannot_be_replayed() -> None:
 def test_a_load_that_leaves_the_step_leaves_its_result() -> None:
     ledger = ledger_at(5)
     for number, moved in ((1, None), (2, 5)):
-        ledger.commit_load(load(number, moved))
+        ledger.commit_load(load(number, moved), holder(ledger))
         assert ledger.admit_step(step(5, 0), holder(ledger)) is False
 
 
 def test_only_a_load_of_parameters_makes_a_session_ready() -> None:
     ledger = Ledger(ID, epoch=1, ready=False)
     ledger.worker.acquire()
-    ledger.commit_load(load(1, slots=("exp_avg",)))
+    ledger.commit_load(load(1, slots=("exp_avg",)), holder(ledger))
     with pytest.raises(errors.SessionNotReadyError, match=ID):
         ledger.admit_step(step(1, 0), holder(ledger))
-    ledger.commit_load(load(2))
+    ledger.commit_load(load(2), holder(ledger))
     assert ledger.admit_step(step(1, 0), holder(ledger)) is True
-    ledger.commit_load(load(3, slots=("exp_avg",)))
+    ledger.commit_load(load(3, slots=("exp_avg",)), holder(ledger))
     assert ledger.ready
 
 

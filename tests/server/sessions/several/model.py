@@ -85,6 +85,7 @@ class Model:
         answers: the last answer of each worker.
         numbers: the last answered contribution of each worker.
         present: the workers that are attached.
+        anew: the workers that have contributed nothing since the last load.
     """
 
     def __init__(self, aggregation: Aggregation) -> None:
@@ -94,6 +95,7 @@ class Model:
         self.numbers = dict.fromkeys(range(aggregation.workers), 0)
         self.answers: dict[int, Answer] = {}
         self.present: set[int] = set()
+        self.anew: set[int] = set()
         self.round: dict[int, Given] = {}
         self.opened = 0.0
         self.starts: dict[int, float] = {}
@@ -146,6 +148,7 @@ class Model:
         """Apply the step of the open round, and answer all that are in it."""
         self.apply(reduced(self.aggregation, [self.round[worker] for worker in sorted(self.round)]))
         contributors = tuple((worker, self.round[worker].weight) for worker in sorted(self.round))
+        self.anew -= set(self.round)
         for worker, given in self.round.items():
             self.numbers[worker] = given.number
             self.answers[worker] = Answer(self.step, given.number, given.replaced, contributors)
@@ -155,6 +158,7 @@ class Model:
 
     def drop(self, worker: int, number: int, staleness: int) -> None:
         """Answer a contribution that came too late."""
+        self.anew.discard(worker)
         self.numbers[worker] = number
         self.answers[worker] = Answer(self.step, number, dropped=True, staleness=staleness)
 
@@ -279,17 +283,27 @@ class Run:
         self._received(index, commit)
 
     def skip_ahead(self, index: int) -> None:
-        """Send a number that is not next, and a gradient of parameters that are not there yet: both are refused."""
-        attached = self.workers[index].attached
+        """Send a number that is not next, and a gradient of parameters that are not there yet: both are refused.
+
+        Behind a load any later number is the next one, unless the open round has one of the worker.
+        """
+        worker = self.workers[index]
+        attached = worker.attached
         if attached is None or not self._can_step(index):
             return
-        for number, base in ((2, self.model.step), (1, self.model.step + 1)):
+        if self.model.has_failed(self.rig.now):
+            self.model.round = {}
+        skips = index in self.model.anew and index not in self.model.round
+        for number, base in ((2, self.model.step), (1, self.model.step + 1))[skips:]:
             try:
                 self.rig.staged(attached.holder, None, self.model.numbers[index] + number, base_step=base).close()
             except StepwireError as error:
                 assert error.reason == Reason.STEP_MISMATCH
             else:
                 raise AssertionError("it was admitted")
+        if skips:
+            worker.pending = dataclasses.replace(self._next(index), number=self.model.numbers[index] + 2)
+            self._contribute(index)
 
     def load(self, index: int) -> None:
         """Load parameters: the open round is over."""
@@ -299,7 +313,7 @@ class Run:
         values = np.full(SIZE, next(self.loads), np.float32)
         self.rig.load(worker.attached.holder, values)
         self.model.values, self.model.load = values, self.model.load + 1
-        self.model.round = {}
+        self.model.round, self.model.anew = {}, set(self.model.numbers)
         for each in self.workers:
             for _, commit, _ in each.waiting:
                 assert told(commit.outcome) == Answer(refused=str(Reason.STATE_CHANGED))
@@ -324,7 +338,7 @@ class Run:
             return
         assert worker.attached is not None
         given = worker.pending or self._next(index)
-        if given.number != self.model.numbers[index] + 1:  # it was answered, and its answer got lost
+        if given.number <= self.model.numbers[index]:  # it was answered, and its answer got lost
             worker.pending = None
             self.repeat(index)
             return

@@ -47,7 +47,7 @@ def test_an_open_round_ends_with_a_freeze_and_begins_anew_behind_it(engine: CpuE
     first, second = rig.attach(0), rig.attach(1)
     waiting, ready = contributed(rig, first, 1, 1.0), rig.staged(second.holder, filled(2.0), 1)
     assert waiting.outcome is None
-    assert frozen(rig) == (0, 0, 0, 1, {0: 0, 1: 0}, {0: 0, 1: 0})
+    assert frozen(rig) == (0, 0, 0, 1, {0: 0, 1: 0}, {0: 0, 1: 0}, frozenset())
     assert is_moving(waiting)
     assert is_moving(rig.commit(ready))
     with pytest.raises(UnavailableError, match="admitted none of worker 0 beyond 0"):
@@ -69,7 +69,7 @@ def test_a_round_that_another_shard_has_made_is_finished(engine: CpuEngine) -> N
         pass
     done = contributed(rig, second, 1)
     assert (result_of(waiting).step, result_of(done).step) == (1, 1)
-    assert frozen(rig) == (1, 1, 0, 1, {0: 1, 1: 1}, {0: 1, 1: 1})
+    assert frozen(rig) == (1, 1, 0, 1, {0: 1, 1: 1}, {0: 1, 1: 1}, frozenset())
     with rig.session.passage.exported("one") as captured:
         assert [(each.worker, each.contribution) for each in captured.members] == [(0, 1), (1, 1)]
     assert result_of(contributed(rig, second, 1)).replayed is True
