@@ -30,13 +30,20 @@ def load_all(shards: Sequence[Shard], load: Load, deadline: Deadline, *, togethe
         StepMismatchError: its step would go back; or workers that do not rest stepped meanwhile, each time.
         StepwireError: as `Shard.load`; some shards may be loaded.
     """
+    if not together or load.as_one:
+        _attach(shards, deadline)
+        if load.step is None:
+            step = _uneven_step(shards, deadline) if together else max(shard.step_on_server for shard in shards)
+            load = load._replace(step=step)
+        _load(shards, load, _next(shards), deadline)
+        return
     refused: list[StepMismatchError] = []
 
     def attempt(left: Deadline) -> None:
         _attach(shards, left)
         if refused:
             shards[0].load(load, _next(shards), left)
-        step = max(shard.info(left).applied_step for shard in shards) if load.step is None else load.step
+        step = max(_steps(shards, left)) if load.step is None else load.step
         try:
             _load_in_turn(shards, load._replace(step=step), left)
         except StepMismatchError as error:
@@ -45,17 +52,23 @@ def load_all(shards: Sequence[Shard], load: Load, deadline: Deadline, *, togethe
             refused.append(error)
             raise StateChangedError(f"another worker stepped while the state was loaded: {error}") from error
 
-    if together and not load.as_one:
-        try:
-            shards[0].link.retry.call(attempt, deadline)
-        except StateChangedError:
-            if not refused:
-                raise
-            raise refused[-1] from None
-        return
-    _attach(shards, deadline)
-    step = max(shard.step_on_server for shard in shards) if load.step is None else load.step
-    _load(shards, load._replace(step=step), _next(shards), deadline)
+    try:
+        shards[0].link.retry.call(attempt, deadline)
+    except StateChangedError:
+        if not refused:
+            raise
+        raise refused[-1] from None
+
+
+def _steps(shards: Sequence[Shard], deadline: Deadline) -> set[int]:
+    """Ask the servers for the steps of several workers: a client knows those of its own contributions alone."""
+    return {shard.info(deadline).applied_step for shard in shards}
+
+
+def _uneven_step(shards: Sequence[Shard], deadline: Deadline) -> int | None:
+    """Return the step for shards that differ in theirs; None where they do not, and other workers may step on."""
+    steps = _steps(shards, deadline)
+    return max(steps) if len(steps) > 1 else None
 
 
 def _attach(shards: Sequence[Shard], deadline: Deadline) -> None:

@@ -199,6 +199,24 @@ def test_a_load_counts_though_another_worker_has_loaded_unseen(
 
 
 @pytest.mark.parametrize("shards", [1, 2])
+def test_of_loads_that_all_workers_make_the_first_one_counts(
+    targets: list[str], stack: contextlib.ExitStack, shards: int
+) -> None:
+    workers = Workers(stack, targets, shards=shards, aggregation=ASYNC, optimizer=SGD).join_all()
+    for session in workers.sessions:
+        session.step(ONES)
+        session.loads_as_one = True
+    for worker, session in enumerate(workers.sessions):
+        session.load(filled(1000.0 * (1 + worker)))
+    for session in workers.sessions:
+        assert values(session) == {1000.0}
+        assert session.statistics().applied_load == 2
+        assert {shard.info(shard.deadline(None)).applied_step for shard in session._link.shards} == {WORKERS}
+    workers.sessions[2].step(ONES)
+    assert values(workers.sessions[0]) == {999.0}
+
+
+@pytest.mark.parametrize("shards", [1, 2])
 def test_every_rollback_is_made(tmp_path: pathlib.Path, stack: contextlib.ExitStack, shards: int) -> None:
     servers = [stack.enter_context(numpy_server(data_dir=tmp_path / str(rank))) for rank in range(shards)]
     targets = [server.target for server in servers]
