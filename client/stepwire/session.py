@@ -67,7 +67,7 @@ class Session(StateCalls):
             fork: makes forks; None for a session that has none, such as a shard.
             observed: makes the steps, and shows them to observers; None for no observer.
         """
-        self._known = link
+        self._known, self.loads_as_one = link, False
         self._fork = fork
         self._observed = observed or ObservedSteps(link)
         self._ownership = ownership or Ownership(link, kept=True)

@@ -55,7 +55,7 @@ class StateCalls:
     _structure: Structure
     _packer: Packer
     _scale: KnownLossScale
-    loads_as_one = False
+    loads_as_one: bool
     """True while all workers make the same loads, in one order: the first one of each counts. Adapters set it."""
     _fork: Fork | None
 

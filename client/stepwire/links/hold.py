@@ -316,7 +316,8 @@ class Hold:
     def _learn(self, opened: attach_pb2.AttachOpened) -> None:
         """Adopt the numbers of the server, which the next step and the next load follow on."""
         own = opened.contribution if self._is_aggregated else opened.applied_step
-        last_load = opened.worker_load if opened.HasField("worker_load") else opened.applied_load
+        is_shared = self.load_in_doubt == 1 or not opened.HasField("worker_load")  # all workers make the first load
+        last_load = opened.applied_load if is_shared else opened.worker_load
         if self.token == 0:
             self.acquisitions += 1
             self.applied_step, self.applied_load = own, opened.applied_load
