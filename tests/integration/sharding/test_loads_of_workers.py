@@ -8,7 +8,7 @@ import functools
 import pathlib
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,12 @@ import stepwire
 from stepwire.links import pull_and_load
 from stepwire.sharding import levelling
 from stepwire.sharding.shard import Shard
-from stepwire_server.server import Server
 from tests.integration.sharding.test_broken_moves import Places
-from tests.integration.sharding.test_moves_of_workers import SIZE, WORKERS, Workers
+from tests.integration.sharding.test_moves_of_workers import SIZE, WORKERS, Workers, stack, targets
 from tests.integration.workers.together import together
 from tests.support.numpy_server import numpy_server
+
+__all__ = ["stack", "targets"]  # the fixtures
 
 ONES = {"w": np.ones(SIZE, np.float32)}
 SGD = stepwire.SGD(lr=1.0)
@@ -36,17 +37,6 @@ def filled(value: float) -> dict[str, Any]:
 
 def values(session: Any) -> set[float]:
     return set(session.pull()["w"].tolist())
-
-
-@pytest.fixture(scope="module")
-def targets(servers: list[Server]) -> list[str]:
-    return [server.target for server in servers]
-
-
-@pytest.fixture
-def stack() -> Iterator[contextlib.ExitStack]:
-    with contextlib.ExitStack() as stack:
-        yield stack
 
 
 def between_shards(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
