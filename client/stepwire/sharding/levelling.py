@@ -35,7 +35,9 @@ def load_all(shards: Sequence[Shard], load: Load, deadline: Deadline, *, togethe
         if load.step is None:
             step = _uneven_step(shards, deadline) if together else max(shard.step_on_server for shard in shards)
             load = load._replace(step=step)
-        _load(shards, load, _next(shards), deadline)
+        # A load of all workers has the number that this one knows to be next: whoever took it has made the load.
+        number = max(shard.applied_load for shard in shards) + 1 if load.as_one else _next(shards)
+        _load(shards, load, number, deadline)
         return
     refused: list[StepMismatchError] = []
 

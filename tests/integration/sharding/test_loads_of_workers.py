@@ -197,6 +197,9 @@ def test_of_loads_that_all_workers_make_the_first_one_counts(
         session.step(ONES)
         session.loads_as_one = True
     for worker, session in enumerate(workers.sessions):
+        if worker == 1:  # it has heard of the load, and not pulled it
+            session.detach()
+            session.attach()
         session.load(filled(1000.0 * (1 + worker)))
     for session in workers.sessions:
         assert values(session) == {1000.0}
