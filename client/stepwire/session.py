@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, cast
 
@@ -13,24 +11,23 @@ import numpy.typing as npt
 from stepwire.arrays.packing import Arrays
 from stepwire.arrays.trees import Structure, Tree, flattened
 from stepwire.connection.config_file import read_config_file
-from stepwire.connection.errands import by_errands, run
-from stepwire.errors import InvalidRequestError, SessionMovedError
+from stepwire.connection.errands import by_errands
+from stepwire.errors import InvalidRequestError
 from stepwire.links.link import Load, SessionLink
 from stepwire.links.observed import MOST_PAST_STEPS, ObservedSteps
 from stepwire.links.ownership import Ownership
 from stepwire.links.progress import LoadProgress, OnProgress
 from stepwire.links.snapshots import load_of
+from stepwire.links.stepping import SessionSteps
 from stepwire.loggers import Logger
 from stepwire.optimizers.hyperparameters import whole_number
 from stepwire.results import SessionConfig, SessionInfo, SessionStatistics, Snapshot, TransportChoice
 from stepwire.session_state import Fork, StateCalls
 from stepwire.step_result import PastStep, StepResult
 from stepwire.steps.build import Overrides, Reply, StepBuilder, StepOptions
-from stepwire.steps.call import StepCall
 from stepwire.steps.loss_scale import KnownLossScale
 from stepwire.steps.notices import OnReady
 from stepwire.transports.available import asked_transport
-from stepwire.v1 import step_pb2
 from stepwire.wire.dtypes import FLOAT32
 
 __all__ = ["Session"]
@@ -74,6 +71,7 @@ class Session(StateCalls):
         self._structure = structure
         self._packer = link.description.packer
         self._builder = StepBuilder(link.description, link.carry)
+        self._steps = SessionSteps(link, self._builder, self._observed, structure)
         self._scale = KnownLossScale(link.description.message)
 
     @property
@@ -227,6 +225,18 @@ class Session(StateCalls):
             NotEnoughWorkersError: too few other workers stepped in time; nothing was applied.
             UnavailableError: no connection within the timeout; call `step` again with the same gradients.
         """
+        if reply == "parameters" and not (
+            reply_first
+            or overlap
+            or lr is not None
+            or hyperparameters is not None
+            or loss_scale is not None
+            or (gradient_dtype is not None and gradient_dtype is not self._steps.gradient_dtype)
+            or (reply_dtype is not None and reply_dtype is not self._steps.reply_dtype)
+            or on_tensor is not None
+            or weight is not None
+        ):
+            return self._steps.make(gradients, out, None, timeout)
         options = StepOptions(
             lr=lr,
             hyperparameters=hyperparameters,
@@ -244,32 +254,7 @@ class Session(StateCalls):
 
     def apply(self, gradients: Arrays, options: StepOptions, timeout: float | None = None) -> Tree:
         """Apply a step whose options are a record; see `step`."""
-        direct = (link := self._link).direct
-        if direct is not None and not self._observed.has_observers:
-            try:
-                if (reply := direct.step(functools.partial(self._begun, gradients, options), timeout)) is not None:
-                    return reply
-            except SessionMovedError:  # the link follows
-                pass
-        return run(functools.partial(self._apply, link, gradients, options, timeout))
-
-    def _apply(self, link: SessionLink, gradients: Arrays, options: StepOptions, timeout: float | None) -> Tree:
-        with link.lock:
-            call, made = self._builder.build_tree(gradients, options, self._structure)
-            past = self._observed.step(call, link.deadline(timeout))
-        self._observed.tell(past, self._builder.notices)
-        return made()
-
-    def _begun(self, gradients: Arrays, options: StepOptions) -> tuple[StepCall, Callable[[step_pb2.StepResult], Tree]]:
-        """Build a call as `_built` does, whose step is remembered once its result is there."""
-        began = time.perf_counter()
-        call, made = self._builder.build_tree(gradients, options, self._structure)
-
-        def delivered(result: step_pb2.StepResult) -> Tree:
-            self._observed.remember(began, result)
-            return made()
-
-        return call, delivered
+        return self._steps.make(gradients, options.out, options, timeout)
 
     def step_async(
         self, gradients: Arrays, *, steps_in_flight: int = 2, timeout: float | None = None, **options: Any

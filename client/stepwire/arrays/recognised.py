@@ -14,12 +14,12 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["FITTING", "RecognisedArrays"]
+__all__ = ["FITTING", "ArrayForm", "RecognisedArrays"]
 
 _MOST_BYTES: Final = 64 << 10
 _LEAST_BYTES: Final = 2
@@ -36,11 +36,26 @@ _form: Final = operator.attrgetter("shape", "strides", "dtype")
 _Flat = list[npt.NDArray[Any]]
 
 
+class ArrayForm(NamedTuple):
+    """What the checks of a dict of arrays look at.
+
+    Attributes:
+        names: the names, in the dict's order.
+        arrays: the shape, the strides and the dtype of each array.
+    """
+
+    names: list[str]
+    arrays: list[tuple[Any, ...]]
+
+
 class RecognisedArrays:
     """The arrays of the last call in one place of it. The session serialises its calls.
 
     A handler of a signal may call the session in the middle, with other arrays. So what belongs together is stored and
     read without a call in between, where no handler arrives.
+
+    Attributes:
+        form: the form of the arrays that were checked last; None if it is not known.
     """
 
     def __init__(self, order: tuple[str, ...], elements: int, *, written: bool) -> None:
@@ -54,10 +69,9 @@ class RecognisedArrays:
         self._order = list(order)
         self._written = written
         self._is_small = elements * _LEAST_BYTES <= _MOST_BYTES
+        self.form: ArrayForm | None = None
         self._mark: object | None = None
-        self._names: list[str] = []
         self._identities: list[int] = []
-        self._forms: list[tuple[Any, ...]] = []
         self._dead: list[object] = []
         self._alive: list[object] = []
         self._repeats = 0
@@ -67,22 +81,17 @@ class RecognisedArrays:
 
         A mark stands for these very arrays, and whatever is known of them beyond the checks.
         """
-        mark = self._mark
-        if mark is None or self._dead or type(arrays) is not dict:
+        if self._mark is None or (mark := self._found(arrays)) is FITTING:
             return None
-        if list(map(id, arrays.values())) != self._identities or not self._fits(arrays):
-            return None
-        return mark if mark is self._mark else None
+        return mark
 
-    def recalls(self, arrays: object) -> object | None:
+    def recalls(self, arrays: Any) -> object | None:
         """Return the mark of arrays as `knows` does, `FITTING` for others that would pass the checks, None for others.
 
         The caller uses `again` for those that are recognised.
         """
-        if (mark := self.knows(arrays)) is not None:
+        if (mark := self._found(arrays)) is not FITTING:
             return mark
-        if type(arrays) is not dict or not self._names or not self._fits(arrays):
-            return None
         identities = list(map(id, arrays.values()))
         repeats = self._repeats + 1 if identities == self._identities else 0
         self._mark, self._identities, self._dead, self._alive, self._repeats = None, identities, [], [], repeats
@@ -99,11 +108,10 @@ class RecognisedArrays:
         """
         if self.recalls(arrays) is not None:
             return self.again(arrays)
-        self._mark, self._names, self._identities, self._dead, self._alive, self._repeats = None, [], [], [], [], 0
+        self._mark, self.form, self._identities, self._dead, self._alive, self._repeats = None, None, [], [], [], 0
         flat = checked()
         if type(arrays) is dict and len(arrays) == len(self._order) and all(map(_is_simple, arrays.values())):
-            names, forms = list(arrays), list(map(_form, arrays.values()))
-            self._names, self._forms = names, forms
+            self.form = ArrayForm(list(arrays), list(map(_form, arrays.values())))
             self._know(arrays)
         return flat
 
@@ -112,13 +120,19 @@ class RecognisedArrays:
         values = arrays.values() if list(arrays) == self._order else map(arrays.__getitem__, self._order)
         return list(map(np.ndarray.ravel, values))  # views: the arrays are contiguous
 
-    def _fits(self, arrays: dict[str, Any]) -> bool:
-        """Tell whether arrays have the form of those that were checked."""
-        names, forms = self._names, self._forms
+    def _found(self, arrays: object) -> object | None:
+        """Return the mark of arrays, `FITTING` for others of the form of those that were checked, None for others."""
+        mark, form = self._mark, self.form
+        if form is None or type(arrays) is not dict or list(arrays) != form.names:
+            return None
         values = arrays.values()
-        if list(arrays) != names or set(map(type, values)) != _TYPES or list(map(_form, values)) != forms:
-            return False
-        return not self._written or all([array.flags.writeable for array in values])
+        if mark is not None and (self._dead or list(map(id, values)) != self._identities):
+            mark = None
+        if mark is None and set(map(type, values)) != _TYPES or list(map(_form, values)) != form.arrays:
+            return None
+        if self._written and not all([array.flags.writeable for array in values]):
+            return None
+        return FITTING if mark is None or mark is not self._mark else mark
 
     def _know(self, arrays: dict[str, Any]) -> None:
         """Know small arrays by identity: it is that of another array once its own is gone, which the dead tell."""

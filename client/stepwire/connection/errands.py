@@ -40,6 +40,7 @@ __all__ = [
     "each_by_errand",
     "ends_with",
     "in_thread",
+    "is_heard",
     "is_left",
     "later",
     "run",
@@ -373,6 +374,11 @@ def undelivered(hook: Callable[_P, object], *args: _P.args, **kwargs: _P.kwargs)
         errand.undelivered(functools.partial(hook, *args, **kwargs))
     elif (hooks := _whole.get()) is not None:
         hooks.append(functools.partial(hook, *args, **kwargs))
+
+
+def is_heard() -> bool:
+    """Tell whether anybody hears of the end of a call, or of an outcome that reaches nobody."""
+    return _current.get() is not None or _whole.get() is not None
 
 
 def _present() -> Errand[Any] | None:

@@ -23,24 +23,21 @@ import functools
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Final, Generic, Protocol, TypeAlias, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
-import numpy as np
 from google.protobuf.message import DecodeError
 
-from stepwire.connection.errands import PreparedErrand, ends_with, in_thread, run, undelivered
+from stepwire.connection.errands import PreparedErrand, ends_with, in_thread, is_heard, run, undelivered
 from stepwire.connection.retry import Deadline
 from stepwire.links.doubts import Doubts
 from stepwire.links.hold import Hold
-from stepwire.steps.call import StepCall, fits_in_packets
+from stepwire.steps.call import StepCall
 from stepwire.steps.description import SessionDescription
-from stepwire.steps.shared import can_carry, read_shared_reply, shared_message
-from stepwire.transports.packets import NO_SIGNAL, PacketLane, is_end
+from stepwire.steps.exchanges import StepExchange
+from stepwire.transports.packets import NO_SIGNAL, is_end
 from stepwire.transports.shared import SharedArrays
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire.v1 import step_pb2
-from stepwire.wire.dtypes import FLOAT16, INT8
-from stepwire.wire.packets import REQUEST_BYTES
 
 __all__ = ["DirectStep", "DirectSteps", "StepsByNumber"]
 
@@ -73,10 +70,6 @@ class StepsByNumber(Protocol):
         """Put a step in doubt whose outcome reached nobody."""
 
 
-Built: TypeAlias = tuple[StepCall, Callable[[step_pb2.StepResult], _T]]
-"""A call, and the function that makes what its caller gets of its result."""
-
-
 class DirectStep(Generic[_T]):
     """One direct step; see `errands.GivesWay`.
 
@@ -84,22 +77,19 @@ class DirectStep(Generic[_T]):
         began: the time of its begin, of the monotonic clock.
         gave_way: others have had the session's lock since the step began.
         is_left: its caller was interrupted.
-        call: the call; None before it is sent.
-        delivered: the function that makes what the caller gets of the result, once the call is built.
+        exchange: its message and its reply; None before it is sent.
         result: the result that an errand got.
         failure: the error that an errand got.
     """
 
-    __slots__ = ("_lock", "began", "call", "delivered", "failure", "gave_way", "is_left", "result")
-
-    delivered: Callable[[step_pb2.StepResult], _T]
+    __slots__ = ("_lock", "began", "exchange", "failure", "gave_way", "is_left", "result")
 
     def __init__(self, lock: threading.RLock) -> None:
         """Begin, without the lock."""
         self._lock = lock
         self.began = time.monotonic()
         self.gave_way = self.is_left = False
-        self.call: StepCall | None = None
+        self.exchange: StepExchange[_T] | None = None
         self.result: step_pb2.StepResult | None = None
         self.failure: BaseException | None = None
 
@@ -134,18 +124,17 @@ class DirectSteps:
         self._link = link
         self._hold = hold
         self._doubts = doubts
-        self._lock, self._packer = link.lock, link.description.packer
-        layout = self._packer.layout
+        self._lock, layout = link.lock, link.description.packer.layout
         self._seconds, self._default_seconds = seconds, seconds(None)
         self._possible = layout.size <= _MOST_ELEMENTS and not layout.tables
         self._under_way: DirectStep[Any] | None = None
         self._leaving = PreparedErrand(self._settle_left)
 
-    def step(self, build: Callable[[], Built[_T]], timeout: float | None) -> _T | None:
+    def step(self, begin: Callable[[SharedArrays | None], StepExchange[_T]], timeout: float | None) -> _T | None:
         """Make a step, and return what its caller gets; None, with nothing done, where the step needs an errand.
 
         Args:
-            build: builds the call, and the function that makes what the caller gets.
+            begin: checks the step, and returns its exchange over the memory that the stream shares, if there is some.
             timeout: seconds; None for the client's default.
 
         Raises:
@@ -159,7 +148,7 @@ class DirectSteps:
             try:
                 in_thread.direct = step
                 self._lock.acquire()
-                made = self._attempt(step, build, seconds)
+                made = self._attempt(step, begin, seconds)
             finally:
                 in_thread.direct = None
                 try:
@@ -167,12 +156,12 @@ class DirectSteps:
                 except RuntimeError:  # an interrupt came while the lock was another thread's
                     pass
         except BaseException:
-            if step.call is not None:
+            if step.exchange is not None:
                 step.is_left, self._under_way = True, step
                 self._leaving.put()  # nothing arrives before this, not even a second interrupt
                 self._leaving.wait()
             raise
-        if made is not None or step.call is None:
+        if made is not None or step.exchange is None:
             return made
         return run(functools.partial(self._finished, step, timeout))
 
@@ -184,102 +173,83 @@ class DirectSteps:
         if (step := self._under_way) is None:
             return
         self._under_way = None
-        assert step.call is not None
         if step.is_left:
-            self._put_in_doubt(step.call)
+            self._put_in_doubt(_sent(step))
         else:
             self._hold.displaced()
-            self._complete(step, step.call, deadline)
+            self._complete(step, deadline)
 
-    def _attempt(self, step: DirectStep[_T], build: Callable[[], Built[_T]], seconds: float) -> _T | None:
-        """Make a step as far as it needs no errand; one that was sent has its call."""
-        lane = self._hold.free_lane
+    def _attempt(
+        self, step: DirectStep[_T], begin: Callable[[SharedArrays | None], StepExchange[_T]], seconds: float
+    ) -> _T | None:
+        """Make a step as far as it needs no errand; one that was sent has its exchange."""
+        hold = self._hold
+        lane = hold.free_lane
         if lane is None or self._under_way is not None or not self._doubts.are_none:
             return None
-        call, step.delivered = build()
-        shared = self._hold.shared
-        shared = shared if shared is not None and can_carry(shared, call) else None
-        message = self._message(call, shared)
+        exchange, number = begin(hold.shared), hold.applied_step + 1
+        message = exchange.message(number, hold.epoch, hold.applied_load)
         if message is None or step.gave_way:  # nothing arrives between this look and the sending
             return None
-        call.lane, step.call, self._under_way = lane, call, step
+        exchange.lane, step.exchange, self._under_way = lane, exchange, step
         try:
             lane.put(message, NO_SIGNAL)
         except OSError as error:
             if not is_end(error):  # the end shows itself at the reply
                 raise
-        if call.views is None:
-            call.prepare()  # while the server is at work
-        if (result := self._result(step, shared, lane, seconds)) is None:
+        exchange.prepare()  # while the server is at work
+        if (result := self._result(step, exchange, number, seconds)) is None:
             return None
-        call.sent = True  # so that it can be in doubt; a refused one cannot
-        made: _T = step.delivered(result)
-        undelivered(self._link.undelivered, call)
+        made: _T = exchange.delivered(result)
+        if is_heard():
+            undelivered(self._undelivered, exchange)
         if self._under_way is step:
             self._under_way = None
         return made
 
-    def _message(self, call: StepCall, shared: SharedArrays | None) -> bytes | None:
-        """Give a call its number, and return its message; None if it needs something else."""
-        hold, begin = self._hold, call.begin
-        unusual = call.feedback or call.patched is not None or call.on_tensor or call.on_device or call.decide
-        if unusual or call.feed or begin.overlap or call.gradient_dtype in (FLOAT16, INT8):
-            return None
-        begin.step, begin.epoch, begin.load = hold.applied_step + 1, hold.epoch, hold.applied_load
-        if shared is not None:
-            return shared_message(shared, call, again=False)
-        if not fits_in_packets(call, self._packer.layout.size):
-            return None
-        messages = list(call.messages(self._packer, self._link.description.chunk_bytes, again=False))
-        return messages[0] if len(messages) == 1 and len(messages[0]) <= REQUEST_BYTES else None
-
     def _result(
-        self, step: DirectStep[Any], shared: SharedArrays | None, lane: PacketLane, seconds: float
+        self, step: DirectStep[Any], exchange: StepExchange[Any], number: int, seconds: float
     ) -> step_pb2.StepResult | None:
         """Wait for the reply, read it and note it; None if it is an errand's to read."""
-        call = step.call
-        assert call is not None
-        ends_with(lane.end_waits)
+        lane = exchange.lane
+        assert lane is not None
+        if is_heard():
+            ends_with(lane.end_waits)
         if not (message := lane.receive(seconds)):
             return None
         try:
             reply = pb.AttachResponse.FromString(message)
         except DecodeError:  # no other error is caught: it may be that of a handler
             reply = pb.AttachResponse()
-        packer = self._packer
-        is_whole = shared is not None or not call.wants_reply or reply.chunk.count == packer.layout.size
-        if is_whole and reply.HasField("result"):
-            self._hold.answered_step = call.begin.step
-            if shared is not None:
-                read_shared_reply(shared, call)
-            elif call.wants_reply:
-                packer.read(
-                    call.targets, packer.ranges(0, packer.layout.size), np.frombuffer(reply.payload, call.reply_dtype)
-                )
-            if self._link.made_directly(step, reply.result):
-                return reply.result
+        if reply.HasField("result"):
+            self._hold.answered_step, result = number, reply.result
+            if exchange.read(reply) and self._link.made_directly(step, result):
+                return result
         lane.give_back(message)
         return None
 
+    def _undelivered(self, exchange: StepExchange[Any]) -> None:
+        call = exchange.call()
+        call.sent = True  # so that it can be in doubt; a refused one cannot
+        self._link.undelivered(call)
+
     def _finished(self, step: DirectStep[_T], timeout: float | None) -> _T:
         """Bring a step to its end, unless another errand did, and return what its caller gets."""
-        call = step.call
-        assert call is not None
         with self._lock:
             if self._under_way is step:
                 self._under_way = None
                 deadline = self._link.deadline(timeout)
                 deadline.spend(time.monotonic() - step.began)
-                self._complete(step, call, deadline)
+                self._complete(step, deadline)
             if step.failure is not None:
                 raise step.failure
-            assert step.result is not None
-            undelivered(self._link.undelivered, call)
-            return step.delivered(step.result)
+            assert step.result is not None and step.exchange is not None
+            undelivered(self._link.undelivered, _sent(step))
+            return step.exchange.delivered(step.result)
 
-    def _complete(self, step: DirectStep[Any], call: StepCall, deadline: Deadline) -> None:
+    def _complete(self, step: DirectStep[Any], deadline: Deadline) -> None:
         try:
-            step.result = self._link.completed(call, deadline)
+            step.result = self._link.completed(_sent(step), deadline)
         except BaseException as failure:
             step.failure = failure
 
@@ -287,9 +257,9 @@ class DirectSteps:
         """Settle the step that its caller has left, in a thread of the client's own."""
         self._leaving = PreparedErrand(self._settle_left)
         with self._lock:
-            if (step := self._under_way) is not None and step.is_left and step.call is not None:
+            if (step := self._under_way) is not None and step.is_left and step.exchange is not None:
                 self._under_way = None
-                self._put_in_doubt(step.call)
+                self._put_in_doubt(_sent(step))
 
     def _put_in_doubt(self, call: StepCall) -> None:
         """Drop the stream, and put a step in doubt; another thread may have stepped or loaded since it was released."""
@@ -298,3 +268,9 @@ class DirectSteps:
             hold.displaced()
             call.sent = True
             self._doubts.failed(call)
+
+
+def _sent(step: DirectStep[Any]) -> StepCall:
+    """Return the call of a step that was sent."""
+    assert step.exchange is not None
+    return step.exchange.call()

@@ -28,7 +28,11 @@ _Past: TypeAlias = tuple[float, float, step_pb2.StepResult]
 
 
 class ObservedSteps:
-    """Makes the steps of one session, and shows them to its observers. The session serialises the steps."""
+    """Makes the steps of one session, and shows them to its observers. The session serialises the steps.
+
+    Attributes:
+        has_observers: a step is told to somebody, or traced: neither is done in the middle of the caller's own code.
+    """
 
     def __init__(self, link: SessionLink, logger: Logger | None = None, traces: StepTraces | None = None) -> None:
         """Make steps through a link.
@@ -42,7 +46,7 @@ class ObservedSteps:
         self._traces = traces
         self._past: deque[_Past] = deque(maxlen=MOST_PAST_STEPS)
         self._telling = threading.RLock()
-        self._logger = checked_logger(logger)
+        self.log_to(logger)
 
     def log_to(self, logger: Logger | None) -> None:
         """Tell the user's function of each step from now on; None for nobody.
@@ -51,6 +55,7 @@ class ObservedSteps:
             InvalidRequestError: it is no function.
         """
         self._logger = checked_logger(logger)
+        self.has_observers = self._logger is not None or self._traces is not None
 
     def step(self, call: StepCall, deadline: Deadline) -> _Past:
         """Apply one step, and remember it; see `SessionLink.step`."""
@@ -60,11 +65,6 @@ class ObservedSteps:
         else:
             result = self._traced(self._traces, call, deadline)
         return self.remember(began, result)
-
-    @property
-    def has_observers(self) -> bool:
-        """A step is told to somebody, or traced: neither is done in the middle of the caller's own code."""
-        return self._logger is not None or self._traces is not None
 
     def remember(self, began: float, result: step_pb2.StepResult) -> _Past:
         """Remember a step, whose begin is a time of `time.perf_counter`."""

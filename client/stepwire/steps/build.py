@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Final, Literal, TypeAlias, cast
 
@@ -20,9 +21,11 @@ from stepwire.lifetimes.forks import Birthplace
 from stepwire.optimizers.arguments import check_callable, check_choice, checked_flag, checked_instance, checked_names
 from stepwire.optimizers.gradient_treatment import check_scale
 from stepwire.optimizers.hyperparameters import number
+from stepwire.steps.alike import AlikeSteps
 from stepwire.steps.call import Decide, OnTensor, StepCall
 from stepwire.steps.carry import Carry
 from stepwire.steps.description import SessionDescription
+from stepwire.steps.exchanges import Remember
 from stepwire.steps.gradient_feed import GradientFeed
 from stepwire.steps.notices import Notices, OnReady
 from stepwire.steps.reply_places import ReplyPlaces, is_listed
@@ -109,10 +112,18 @@ class StepBuilder:
         Raises:
             InvalidRequestError: the session is of the parent, or this thread is within `on_tensor` or the logger.
         """
+        if os.getpid() == self._birthplace.process_id and not self.notices.within:  # as almost always
+            return
         self._birthplace.check(
             "session", "both would step one session. Make a session in the child, through a client of its own"
         )
         self.notices.check()
+
+    def alike(self, remember: Remember) -> AlikeSteps:
+        """Return the steps that need not be built, since they are like those that were."""
+        sent, received = self._gradient_dtype, self._reply_dtype
+        begin = self._begin(StepOptions(), sent, received)
+        return AlikeSteps(self._packer, begin, (sent, received), self._given, self._places, remember)
 
     def build_tree(
         self, gradients: Arrays, options: StepOptions, structure: Structure

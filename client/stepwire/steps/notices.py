@@ -22,9 +22,12 @@ class Notices(threading.local):
     The step waits for the function to return. A call from within `on_tensor` would wait for the step: on the client for
     the turn of the session, or on the server for the session's lock. Neither would end. A step from within the logger
     would call the logger.
+
+    Attributes:
+        within: the name of that function; empty for none.
     """
 
-    _within = ""
+    within = ""
 
     def check(self) -> None:
         """Refuse a call from within the user's function.
@@ -32,17 +35,17 @@ class Notices(threading.local):
         Raises:
             InvalidRequestError: this thread is within it.
         """
-        if self._within:
+        if self.within:
             raise InvalidRequestError.of(
-                self._within,
+                self.within,
                 "the function called the session, whose step waits for the function; note the name, and call the "
                 "session after the step",
             )
 
     def give(self, name: str, function: Callable[..., object], *values: object) -> None:
         """Call the user's function of a name, such as "on_tensor"."""
-        self._within = name
+        self.within = name
         try:
             function(*values)
         finally:
-            self._within = ""
+            self.within = ""

@@ -13,10 +13,10 @@ from stepwire.errors import InvalidRequestError
 from stepwire.transports.cuda.views import shows_parameters
 from stepwire.transports.host.memory import lies_in_parameters
 
-__all__ = ["ReplyPlaces", "is_listed"]
+__all__ = ["SHOWN", "ReplyPlaces", "is_listed"]
 
 
-_SHOWN: Final = object()
+SHOWN: Final = object()
 """Stands for arrays of `out` that show the server's own memory."""
 
 
@@ -33,10 +33,10 @@ class ReplyPlaces:
         self._apart: tuple[object, object] | None = None  # the marks of gradients and arrays that share no memory
 
     def recognise(self, out: object) -> object | None:
-        """Return the mark of arrays of `out` that are known from the step before; `_SHOWN`, or None for others."""
-        if (mark := self._written.knows(out)) is not None:
+        """Return the mark of arrays of `out` that are known from the step before; `SHOWN`, or None for others."""
+        if self._written.form is not None and (mark := self._written.knows(out)) is not None:
             return mark
-        return None if self._shown.knows(out) is None else _SHOWN
+        return None if self._shown.knows(out) is None else SHOWN
 
     def of(
         self,
@@ -60,7 +60,7 @@ class ReplyPlaces:
             InvalidRequestError: as `Packer.targets`.
         """
         if out is not None:
-            if known is not None and known is not _SHOWN:
+            if known is not None and known is not SHOWN:
                 return out, self._written.again(out)
             if known is None and not self._shows_parameters(out):
                 return out, self._written.views(out, lambda: self._packer.targets(out, "out"))

@@ -14,7 +14,7 @@ import torch
 from stepwire.errors import UnsupportedFeatureError
 from stepwire.torch.rules import Group
 from stepwire.torch.samples import Samples
-from stepwire.torch.tensors import ParameterTensor, marks_of, touch
+from stepwire.torch.tensors import ParameterTensor, locations_of, marks_of, touch, touch_in_place
 from stepwire.wire.dtypes import FLOAT32
 
 __all__ = ["Parameters"]
@@ -153,7 +153,10 @@ class Parameters:
 
         A session with tables writes nothing into arrays of its caller.
         """
-        return None if self.tables else {tensor.name: tensor.array() for tensor in self.tensors}
+        if self.tables:
+            return None
+        locations = locations_of(self._parameters)
+        return {tensor.name: tensor.array(at) for tensor, at in zip(self.tensors, locations, strict=True)}
 
     def stepped(self, reply: Any) -> None:
         """Copy the values of a step's reply into the parameters, and those that it wrote to `targets`."""
@@ -162,7 +165,7 @@ class Parameters:
         else:
             for tensor in self.tensors:
                 tensor.settle()
-            touch(self.tensors)
+            touch_in_place(self.tensors)
         self.note()
 
     def _put(self, reply: Any) -> None:

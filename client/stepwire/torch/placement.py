@@ -12,6 +12,7 @@ import numpy as np
 from stepwire.client import Client
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
 from stepwire.session import Session
+from stepwire.torch.known_groups import KnownGroups
 from stepwire.torch.mirror import Mirror
 from stepwire.torch.options import RemoteOptions
 from stepwire.torch.parameters import Parameters
@@ -49,6 +50,7 @@ class Placement:
         precisions: the precision of the moments of each group, where the group names one.
         gradient_dtype: the wire dtype of gradients.
         reply_dtype: the wire dtype of parameters in replies.
+        known: the groups of the step before.
     """
 
     session: Session
@@ -62,6 +64,7 @@ class Placement:
     precisions: list[Any]
     gradient_dtype: np.dtype[Any]
     reply_dtype: np.dtype[Any]
+    known: KnownGroups = dataclasses.field(default_factory=KnownGroups)
 
     def fits(self, groups: Sequence[Group]) -> bool:
         """Tell whether groups have the parameters of the session, as the session has them."""
@@ -87,6 +90,8 @@ class Placement:
         Raises:
             InvalidRequestError: an option that is fixed at the session's creation was changed.
         """
+        if self.known.are(groups):
+            return self.known.overrides
         if changed := self.structure_change(groups):
             raise InvalidRequestError.of(
                 "param_groups",
@@ -99,7 +104,9 @@ class Placement:
             {name: value for name, value in numbers.items() if value != then[name]}
             for numbers, then in zip(now, self.numbers, strict=True)
         ]
-        return differing if any(differing) else None
+        overrides = differing if any(differing) else None
+        self.known.note(groups, overrides)
+        return overrides
 
     def structure_change(self, groups: Sequence[Group]) -> str:
         """Return the change of the groups that needs another session, in words; empty for none."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 
@@ -15,6 +16,8 @@ from stepwire.torch.rules import Group, TorchRule
 from stepwire.torch.workers import aggregation_of
 
 __all__ = ["SparseGradients"]
+
+_DENSE: Final = frozenset({torch.strided})
 
 
 class SparseGradients:
@@ -90,6 +93,9 @@ class SparseGradients:
             InvalidRequestError: sparse gradients are refused; nothing was applied.
             UnsupportedFeatureError: as `meaning`, or the session has several workers.
         """
+        gradients = [tensor.parameter.grad for tensor in parameters.tensors]
+        if {gradient.layout for gradient in gradients if gradient is not None} <= _DENSE:
+            return None
         known = parameters.sparse
         names = [t.name for t in parameters.tensors if t.name not in known and _is_sparse(t.parameter.grad)]
         if not names:

@@ -14,7 +14,17 @@ from stepwire.arrays.rows import Rows
 from stepwire.errors import InvalidRequestError, UnsupportedFeatureError
 from stepwire.torch.sparse import rows_of_gradient
 
-__all__ = ["Mark", "ParameterTensor", "from_numpy", "locations_of", "marks_of", "to_numpy", "touch", "version_of"]
+__all__ = [
+    "Mark",
+    "ParameterTensor",
+    "from_numpy",
+    "locations_of",
+    "marks_of",
+    "to_numpy",
+    "touch",
+    "touch_in_place",
+    "version_of",
+]
 
 _DTYPES: Final = {
     torch.float32: np.dtype(np.float32),
@@ -27,7 +37,7 @@ _NUMPY: Final = (np.dtype(np.float32), np.dtype(np.float16))
 
 _DEVICES: Final = ("cpu", "cuda")
 
-Mark: TypeAlias = tuple[object, ...]
+Mark: TypeAlias = tuple[Any, ...]
 """A parameter's version, and the location of its values; see `marks_of`."""
 
 
@@ -72,9 +82,13 @@ class ParameterTensor:
         """True for a parameter on a GPU, with asynchronous copies to and from the host."""
         return bool(self.parameter.is_cuda)
 
-    def array(self) -> npt.NDArray[Any]:
-        """Return the array that replies are written to: the parameter's own memory, or its copy."""
-        if self.location() != self._location:
+    def array(self, location: tuple[object, ...] | None = None) -> npt.NDArray[Any]:
+        """Return the array that replies are written to: the parameter's own memory, or its copy.
+
+        Args:
+            location: the present location of the values; None to look.
+        """
+        if (location or self.location()) != self._location:
             if self.parameter.is_conj() or self.parameter.is_neg():  # what is written to it would be lost
                 raise InvalidRequestError.of(
                     f"params[{self.name!r}]",
@@ -109,6 +123,13 @@ class ParameterTensor:
     def follow(self, mark: Mark | None = None) -> None:
         """Note that the session has the parameter's present values; `mark` is their mark, if it is known."""
         self._seen = mark or mark_of(self.parameter)
+
+    def follow_version(self, version: int) -> None:
+        """Note that the session has the present values, which one change has led to since the values of before."""
+        if (seen := self._seen) is not None and version == seen[0] + 1:
+            self._seen = version, *seen[1:]
+        else:
+            self.follow()
 
     def mark_changed(self) -> None:
         """Note that the session lacks the parameter's present values."""
@@ -254,14 +275,27 @@ def mark_of(parameter: Any) -> Mark:
 
 def touch(tensors: Sequence[ParameterTensor]) -> None:
     """Tell autograd that parameters have changed, as torch's optimizers do, and note the changes as our own."""
+    parameters = _counted(tensors)
+    for tensor, mark in zip(tensors, marks_of(parameters), strict=True):
+        tensor.follow(mark)
+
+
+def touch_in_place(tensors: Sequence[ParameterTensor]) -> None:
+    """Do as `touch`, to parameters that have not changed since they were followed, but for the changes of this step."""
+    versions = [parameter._version for parameter in _counted(tensors)]
+    for tensor, version in zip(tensors, versions, strict=True):
+        tensor.follow_version(version)
+
+
+def _counted(tensors: Sequence[ParameterTensor]) -> list[Any]:
+    """Have autograd count a change of each parameter, and return the parameters."""
     parameters = [tensor.parameter for tensor in tensors]
     try:
         torch.autograd.graph.increment_version(parameters)
     except TypeError:  # older releases of torch take one tensor at a time
         for parameter in parameters:
             torch.autograd.graph.increment_version(parameter)
-    for tensor, mark in zip(tensors, marks_of(parameters), strict=True):
-        tensor.follow(mark)
+    return parameters
 
 
 def version_of(tensor: Any) -> int:

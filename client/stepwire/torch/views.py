@@ -14,7 +14,7 @@ from stepwire.errors import UnsupportedFeatureError
 from stepwire.session import Session
 from stepwire.torch.gradient_hooks import GradientHooks
 from stepwire.torch.parameters import Arrays, Parameters
-from stepwire.torch.tensors import ParameterTensor, from_numpy, locations_of, touch
+from stepwire.torch.tensors import ParameterTensor, from_numpy, locations_of, touch, touch_in_place
 from stepwire.transports.host.pages import has_written_pages
 
 __all__ = ["SharedViews", "check_dtypes"]
@@ -144,11 +144,14 @@ class SharedViews:
         shown, before = reply[first], self._replies[first]
         if shown is not before and _address(shown) != _address(before):
             self._move(reply)
+            touch(self._parameters.tensors)
         elif self._dirty:
             self._dirty = False
             self._session.forget_writes()
             self._rebind()
-        touch(self._parameters.tensors)
+            touch(self._parameters.tensors)
+        else:
+            touch_in_place(self._parameters.tensors)
         if self._area is None:
             self._parameters.note()
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from stepwire.arrays.error_feedback import ErrorFeedback
 from stepwire.arrays.packing import Flat, Packer
@@ -97,6 +98,15 @@ class SharedArrays(abc.ABC):
             UnavailableError: the device failed.
         """
 
+    def write_again(self, flat: Flat, mark: object | None) -> bool:
+        """Write a gradient like one that was written; False, with nothing done, where only `write` does that.
+
+        Args:
+            flat: the gradient: whole NumPy arrays in layout order, 1-D and of the memory's encoding.
+            mark: the mark of arrays that are recognised; None for others.
+        """
+        return False
+
     @abc.abstractmethod
     def read(self, targets: Flat) -> None:
         """Copy the parameters into arrays in layout order.
@@ -104,6 +114,14 @@ class SharedArrays(abc.ABC):
         Raises:
             UnavailableError: the device failed.
         """
+
+    def read_whole(self, whole: npt.NDArray[Any]) -> None:
+        """Copy all parameters, `(size,)`, into an array of their encoding.
+
+        Raises:
+            UnavailableError: the device failed.
+        """
+        self.read([whole[tensor.offset : tensor.end] for tensor in self.packer.layout.tensors])
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch.nn import Parameter
 
 from stepwire.errors import InvalidRequestError
-from stepwire.torch.tensors import ParameterTensor, from_numpy, to_numpy, touch
+from stepwire.torch.tensors import ParameterTensor, from_numpy, to_numpy, touch, touch_in_place
 
 BITS = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -154,3 +154,22 @@ def test_values_of_another_shape_are_another_models() -> None:
     with pytest.raises(InvalidRequestError, match=r"state: shape \(3,\) is not the parameter's \(2,\)") as raised:
         wrapped(torch.zeros(2)).values(torch.zeros(3), "state")
     assert raised.value.metadata["field"] == "state"
+
+
+def test_a_step_is_the_only_change_that_is_taken_for_its_own() -> None:
+    tensor = wrapped(torch.zeros(3))
+    tensor.follow()
+    for _ in range(2):
+        touch_in_place([tensor])
+        assert not tensor.changed
+    tensor.parameter.data = torch.ones(3)  # beside the step, whose reply has other values
+    touch_in_place([tensor])
+    assert tensor.changed
+    tensor.follow()
+    with torch.no_grad():
+        tensor.parameter.add_(1.0)
+    touch_in_place([tensor])
+    assert not tensor.changed
+    tensor.mark_changed()
+    touch_in_place([tensor])
+    assert not tensor.changed

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+import operator
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from stepwire.arrays.packing import Flat, Packer
 from stepwire.arrays.ranges import Ranges
-from stepwire.transports.host.copies import Copy, are_few, copy_all, copy_one
+from stepwire.transports.host.copies import Copy, are_few, copy_all
 from stepwire.transports.host.memory import SharedMemory
 from stepwire.transports.shared import GradientSource, SharedArrays
 from stepwire.wire.dtypes import INT8
 
 __all__ = ["HostArrays"]
+
+
+_owner: Final = operator.attrgetter("base.base")
+"""Of a view of an array: what has the array's memory; None for the array itself."""
 
 
 class HostArrays(SharedArrays):
@@ -27,7 +32,7 @@ class HostArrays(SharedArrays):
         tensors = packer.layout.tensors
         self._shown = self._named(memory.parameters)
         self._recognised: object | None = None  # the mark of gradients all of which have to be copied, or none
-        self._moves = True
+        self._moves, self._are_few = True, are_few(memory.parameters.nbytes)
         counts, last = sum(tensor.count for tensor in tensors), tensors[-1].end if tensors else 0
         run = memory.gradient[:last]
         is_run = counts == last and run.dtype != INT8 and are_few(run.nbytes)
@@ -61,9 +66,16 @@ class HostArrays(SharedArrays):
     def read(self, targets: Flat) -> None:
         """Copy the parameters, all at once or tensor by tensor."""
         if type(targets) is Ranges:
-            copy_one(targets.made()[0], self._memory.parameters)
+            self.read_whole(targets.made()[0])
         else:
             copy_all(list(zip(targets, self._parameters, strict=True)))
+
+    def read_whole(self, whole: npt.NDArray[Any]) -> None:
+        """See `SharedArrays.read_whole`."""
+        if self._are_few:
+            whole[:] = self._memory.parameters
+        else:
+            copy_all([(whole, self._memory.parameters)])
 
     def write(self, source: GradientSource) -> None:
         """See `SharedArrays.write`."""
@@ -76,11 +88,35 @@ class HostArrays(SharedArrays):
         if gradient.dtype == INT8:
             self.packer.write(source.gradients, self.packer.ranges(0, layout.size), gradient, 0, source.feedback)
             return
-        if not any([np.may_share_memory(array, gradient) for array in source.gradients]):
+        if not self._hold_some(source.gradients):
             self._recognised, self._moves = mark, True
             self._write_all(source.gradients)
-            return
-        moving = self._moving(source.gradients)
+        else:
+            self._write_moving(source.gradients, mark)
+
+    def write_again(self, flat: Flat, mark: object | None) -> bool:
+        """See `SharedArrays.write_again`."""
+        if mark is None or mark is not self._recognised:
+            # A view of an array that owns its memory does not lie here.
+            if any([owner is not None for owner in map(_owner, flat)]) and self._hold_some(flat):
+                self._write_moving(flat, mark)
+                return True
+            self._recognised, self._moves = mark, True
+        if not self._moves:
+            return True
+        if (run := self._run) is not None:
+            np.concatenate(flat, out=run)
+        else:
+            self._write_all(flat)
+        return True
+
+    def _hold_some(self, gradients: Flat) -> bool:
+        gradient = self._memory.gradient
+        return any([np.may_share_memory(array, gradient) for array in gradients])
+
+    def _write_moving(self, gradients: Flat, mark: object | None) -> None:
+        """Copy gradients some of which lie in this memory, perhaps in their places."""
+        moving = self._moving(gradients)
         if not moving:
             self._recognised, self._moves = mark, False
         copy_all(moving)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from stepwire.connection.errands import together
 from stepwire.wire.dtypes import FLOAT16
 
-__all__ = ["Copy", "are_few", "copy_all", "copy_one"]
+__all__ = ["Copy", "are_few", "copy_all"]
 
 Copy: TypeAlias = tuple[npt.NDArray[Any], npt.NDArray[Any]]
 """A 1-D array that is written, and one of as many elements that is read."""
@@ -60,14 +60,6 @@ def copy_all(copies: Sequence[Copy]) -> None:
     together(copied, len(parts))
     if failures:
         raise failures[0]
-
-
-def copy_one(place: npt.NDArray[Any], array: npt.NDArray[Any]) -> None:
-    """Copy one array to another of its dtype, neither of which lies in memory of the other."""
-    if are_few(place.nbytes):
-        place[:] = array
-    else:
-        copy_all([(place, array)])
 
 
 def _copy(copies: Sequence[Copy]) -> None:
