@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import cProfile
 import itertools
+import math
 import pstats
 import statistics
 import sys
@@ -28,7 +29,7 @@ from stepwire.transports import packets
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.testing import serving
 
-__all__ = ["DICT_GOAL", "lane_python"]
+__all__ = ["DICT_GOAL", "LOCAL", "PARAMETERS", "lane_python", "torch_parameters"]
 
 DICT_GOAL: Final = "dict us"
 """Microseconds of a step of a dict of ten arrays, with a new reply."""
@@ -36,6 +37,9 @@ DICT_GOAL: Final = "dict us"
 _REAL_STEPS: Final = 4
 _SHAPES: Final = ((64, 64), (64,), (64, 64), (64,), (16, 64), (16,), (16, 16), (16,), (4, 16), (4,))
 """Ten tensors of some 10,000 parameters."""
+
+PARAMETERS: Final = sum(math.prod(shape) for shape in _SHAPES)
+"""Their parameters."""
 
 
 class StubbedLane(packets.PacketLane):
@@ -75,7 +79,7 @@ def lane_python(*, rounds: int, batch: int) -> dict[str, Any]:
     with _ready(_CONTENDERS, figures) as ready:
         for name, step in ready.items():
             figures[f"{name} us"] = _microseconds(step, rounds, batch) - stub
-    with _ready(_LOCAL, figures) as ready:
+    with _ready(LOCAL, figures) as ready:
         for name, step in ready.items():
             figures[f"{name} us"] = _microseconds(step, rounds, batch)
     return figures
@@ -153,16 +157,23 @@ def _in_place(stack: contextlib.ExitStack, size: int) -> Action:
     return lambda: session.step(gradient, out=out)
 
 
+def torch_parameters() -> list[Any]:
+    """Return the ten tensors as parameters of torch, with gradients."""
+    torch = needed("torch")
+    parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in _SHAPES]
+    sum(parameter.sum() for parameter in parameters).backward()
+    return parameters
+
+
 def _torch(**options: Any) -> Callable[[contextlib.ExitStack, int], Action]:
     def prepare(stack: contextlib.ExitStack, size: int) -> Action:
-        torch = needed("torch")
+        needed("torch")
         from stepwire.torch import Adam
 
-        parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in _SHAPES]
+        parameters = torch_parameters()
         target = stack.enter_context(serving(device="cpu"))
         optimizer = Adam(parameters, server=target, transport="packets", **options)
         stack.enter_context(contextlib.closing(optimizer))
-        sum(parameter.sum() for parameter in parameters).backward()
         step: Action = optimizer.step
         return step
 
@@ -172,9 +183,7 @@ def _torch(**options: Any) -> Callable[[contextlib.ExitStack, int], Action]:
 def _local(**options: Any) -> Callable[[contextlib.ExitStack, int], Action]:
     def prepare(stack: contextlib.ExitStack, size: int) -> Action:
         torch = needed("torch")
-        parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in _SHAPES]
-        sum(parameter.sum() for parameter in parameters).backward()
-        step: Action = torch.optim.Adam(parameters, **options).step
+        step: Action = torch.optim.Adam(torch_parameters(), **options).step
         return step
 
     return prepare
@@ -188,7 +197,7 @@ _CONTENDERS: Final = (
     Contender("torch", _torch()),
     Contender("torch views", _torch(shared_views=True)),
 )
-_LOCAL: Final = (Contender("local torch fused", _local(fused=True)), Contender("local torch default", _local()))
+LOCAL: Final = (Contender("local torch fused", _local(fused=True)), Contender("local torch default", _local()))
 
 
 def main() -> None:

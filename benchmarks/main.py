@@ -28,6 +28,7 @@ import kernels
 import lane
 import lane_many
 import lane_python
+import lane_torch
 import many
 import messages
 import metrics
@@ -82,6 +83,8 @@ GOALS = (
     Goal("lane many", lane_many.COMPILED_TO_TCP, 20.0, at_least=True),
     Goal("lane many", lane_many.COMPILED_JAIN, 0.95, at_least=True),
     Goal("lane python", lane_python.DICT_GOAL, 15.0),
+    Goal("lane torch", lane_torch.VIEWS_GOAL, 1.5),
+    Goal("lane torch", lane_torch.DEFAULT_GOAL, 1.0),
     Goal(_LARGE_STEPS, "tcp to its parts", 1.05),
     Goal(_LARGE_STEPS, "tcp overlap to its parts", 1.05),
     Goal(_LARGE_STEPS, "bfloat16 to tcp", 0.55),
@@ -224,7 +227,7 @@ class Run:
             self._section("concurrency", lambda: sections.concurrency(server, echo.tcp, steps=200 if quick else 6000))
 
     def _lane(self) -> None:
-        if not self._wants("lane"):
+        if not any(map(self._wants, ("lane", "lane torch"))):
             return
         scale = lane.Scale.quick() if self._quick else lane.Scale()
         with (
@@ -236,6 +239,8 @@ class Run:
         ):
             targets = lane.Targets(plain.target, compiled.target, spinning.target, echo.tcp, doorbell)
             self._section("lane", lambda: lane.lane(targets, scale))
+            turns = {"rounds": 2, "batch": 5, "compiling_seconds": 0.1} if self._quick else {"rounds": 25, "batch": 60}
+            self._section("lane torch", lambda: lane_torch.lane_torch(compiled.target, doorbell, **turns))
 
     def _torch(self) -> None:
         if not self._wants("torch step"):

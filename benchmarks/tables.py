@@ -191,6 +191,7 @@ TABLES: Mapping[str, Callable[[Results], str]] = {
     "lane": _lane,
     "lane many": _section("lane many"),
     "lane python": _section("lane python"),
+    "lane torch": _section("lane torch"),
     "own arrays": _section("own arrays"),
     "standby": _section("standby"),
     "moves": _section("moves"),

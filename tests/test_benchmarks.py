@@ -40,6 +40,7 @@ NAMES = (
     "lane_child",
     "lane_many",
     "lane_python",
+    "lane_torch",
     "local_torch",
     "machine",
     "main",
@@ -201,7 +202,7 @@ def test_every_goal_names_a_figure_that_is_measured(bench) -> None:
     """Goals speak by name; a name that nobody measures would never be missed."""
     large = {"transports 32M": bench.transports.RATIOS, "transports 1k": bench.transports.RATIOS}
     large |= dict.fromkeys(("peers 32M", "peers 1k"), bench.peers.RATIOS)
-    large |= {"shaped link": bench.shaped_link.RATIOS}
+    large |= {"shaped link": bench.shaped_link.RATIOS, "lane torch": bench.lane_torch.RATIOS}
     goals = [*bench.main.GOALS, *bench.peers.GOALS]
     assert {goal.figure for goal in goals if goal.section in large} <= set().union(*large.values())
     assert all(goal.figure in large[goal.section] for goal in goals if goal.section in large)
