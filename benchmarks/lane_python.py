@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import cProfile
+import functools
 import itertools
 import math
 import pstats
@@ -29,7 +30,7 @@ from stepwire.transports import packets
 from stepwire.v1 import optimizer_service_pb2 as pb
 from stepwire_server.testing import serving
 
-__all__ = ["DICT_GOAL", "LOCAL", "PARAMETERS", "lane_python", "torch_parameters"]
+__all__ = ["DICT_GOAL", "LOCAL", "PARAMETERS", "lane_python", "optimizer_of"]
 
 DICT_GOAL: Final = "dict us"
 """Microseconds of a step of a dict of ten arrays, with a new reply."""
@@ -157,12 +158,16 @@ def _in_place(stack: contextlib.ExitStack, size: int) -> Action:
     return lambda: session.step(gradient, out=out)
 
 
-def torch_parameters() -> list[Any]:
-    """Return the ten tensors as parameters of torch, with gradients."""
+def optimizer_of(make: Callable[[list[Any]], Any]) -> Any:
+    """Return an optimizer of the ten tensors as parameters of torch, which have gradients.
+
+    A backward pass behind the making of an optimizer puts them where that wants them.
+    """
     torch = needed("torch")
     parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in _SHAPES]
+    optimizer = make(parameters)
     sum(parameter.sum() for parameter in parameters).backward()
-    return parameters
+    return optimizer
 
 
 def _torch(**options: Any) -> Callable[[contextlib.ExitStack, int], Action]:
@@ -170,9 +175,8 @@ def _torch(**options: Any) -> Callable[[contextlib.ExitStack, int], Action]:
         needed("torch")
         from stepwire.torch import Adam
 
-        parameters = torch_parameters()
         target = stack.enter_context(serving(device="cpu"))
-        optimizer = Adam(parameters, server=target, transport="packets", **options)
+        optimizer = optimizer_of(functools.partial(Adam, server=target, transport="packets", **options))
         stack.enter_context(contextlib.closing(optimizer))
         step: Action = optimizer.step
         return step
@@ -183,7 +187,7 @@ def _torch(**options: Any) -> Callable[[contextlib.ExitStack, int], Action]:
 def _local(**options: Any) -> Callable[[contextlib.ExitStack, int], Action]:
     def prepare(stack: contextlib.ExitStack, size: int) -> Action:
         torch = needed("torch")
-        step: Action = torch.optim.Adam(torch_parameters(), **options).step
+        step: Action = optimizer_of(functools.partial(torch.optim.Adam, **options)).step
         return step
 
     return prepare

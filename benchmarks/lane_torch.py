@@ -6,6 +6,7 @@ The model has ten tensors of some 10,000 parameters. Each contender steps in its
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable
 from typing import Any, Final
@@ -60,7 +61,8 @@ def _ours(target: str, compiling_seconds: float, **options: Any) -> Callable[[co
         needed("torch")
         from stepwire.torch import Adam
 
-        optimizer = Adam(lane_python.torch_parameters(), server=target, transport="packets", **options)
+        make = functools.partial(Adam, server=target, transport="packets", **options)
+        optimizer = lane_python.optimizer_of(make)
         stack.enter_context(contextlib.closing(optimizer))
         for pause_seconds in (compiling_seconds, 0.0):
             for _ in range(_LOOP_STEPS):
