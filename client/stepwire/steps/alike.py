@@ -11,6 +11,7 @@ are recognised. All others go the ordinary way, which is the one home of every c
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,14 +35,14 @@ class _Kind(NamedTuple):
     """What steps alike have in common.
 
     Attributes:
-        shared: the memory that their gradients and replies lie in.
+        shared: refers to the memory that their gradients and replies lie in, and does not keep it.
         form: the form of their gradients.
         fits: the gradients are copied to the memory as they are.
         request: their message. Only the holder of the session's lock changes it.
         begin: the opening in it.
     """
 
-    shared: SharedArrays
+    shared: weakref.ref[SharedArrays]
     form: ArrayForm
     fits: bool
     request: pb.AttachRequest
@@ -96,12 +97,13 @@ class AlikeSteps:
             InvalidRequestError: as `ReplyPlaces.check_apart`.
         """
         kind, given = self._kind, self._given
-        if kind is None or kind.shared is not shared or kind.form is not given.form:
+        if kind is None or kind.shared() is not shared or kind.form is not given.form:
             kind = self._learnt(shared)
         if kind is None or not kind.fits or (known := given.recalls(gradients)) is None:
             return None
         flat, mark = given.again(gradients), None if known is FITTING else known
-        exchange = AlikeExchange(self, kind, flat, mark, began)
+        exchange = AlikeExchange(self, kind, shared, flat, mark)
+        exchange.began = began
         if out is not None:
             if (known_out := self._places.recognise(out)) is None:
                 return None
@@ -121,7 +123,7 @@ class AlikeSteps:
         fits = fits and all([dtype == own for _, _, own in form.arrays])
         request = pb.AttachRequest(begin=self._begin, commit=step_pb2.StepCommit())
         request.begin.in_shared_memory = True
-        kind = self._kind = _Kind(shared, form, fits, request, request.begin)
+        kind = self._kind = _Kind(weakref.ref(shared), form, fits, request, request.begin)
         return kind
 
 
@@ -129,29 +131,32 @@ class AlikeExchange:
     """The exchange of a step that is like those before it.
 
     Attributes:
+        began: the time of the step's begin, of `time.perf_counter`.
         lane: see `StepExchange`.
         reply: the user's arrays for the reply, and their 1-D views in layout order; None for others.
         views: the container that shows the shared memory as the reply; None for a reply that is copied.
     """
 
     __slots__ = (
-        "_began",
         "_call",
         "_flat",
         "_kind",
         "_made",
         "_mark",
         "_numbers",
+        "_shared",
         "_steps",
         "_targets",
+        "began",
         "lane",
         "reply",
         "views",
     )
 
-    def __init__(self, steps: AlikeSteps, kind: _Kind, flat: Flat, mark: object | None, began: float) -> None:
+    def __init__(self, steps: AlikeSteps, kind: _Kind, shared: SharedArrays, flat: Flat, mark: object | None) -> None:
         """Have nothing sent yet, and a reply of new arrays."""
-        self._steps, self._kind, self._flat, self._mark, self._began = steps, kind, flat, mark, began
+        self._steps, self._kind, self._shared, self._flat, self._mark = steps, kind, shared, flat, mark
+        self.began = 0.0
         self._made: MadeReply | None = None
         self._call: StepCall | None = None
         self._targets: Ranges | None = None
@@ -175,7 +180,7 @@ class AlikeExchange:
 
     def read(self, reply: pb.AttachResponse) -> bool:
         """See `StepExchange.read`."""
-        shared = self._kind.shared
+        shared = self._shared
         if self._made is not None:
             shared.read_whole(self._made[0])
         elif self.reply is not None:
@@ -205,10 +210,10 @@ class AlikeExchange:
 
     def delivered(self, result: step_pb2.StepResult) -> Any:
         """See `StepExchange.delivered`."""
-        self._steps.remember(self._began, result)
+        self._steps.remember(self.began, result)
         if self.reply is not None:
             return self.reply[0]
-        if self.views is not None:
+        if self.views:  # an errand over a stream without shared memory has left them empty
             return self.views
         made = self._made if self._targets is None else self._targets.made()  # an errand may have read the reply
         assert made is not None

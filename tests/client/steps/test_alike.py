@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import pathlib
 import signal
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -247,6 +250,38 @@ def test_a_handler_that_changes_the_dict_of_a_step_changes_no_repetition(
         assert session.step({"w": np.ones(3, np.float32)})["w"].tolist() == [-4.0] * 3
         assert session.step(gradient)["w"].tolist() == [-8.0] * 3
         assert session.info().applied_step == 5
+
+
+def test_the_memory_of_a_stream_ends_with_it(client: stepwire.Client, alike: list[int]) -> None:
+    with client.create_session(draw(0)) as session:
+        for _ in range(3):
+            session.step(draw(1))
+        held: Any = session.shards[0]._known.hold  # type: ignore[attr-defined]
+        memory = weakref.ref(held.shared)
+        session.detach()
+        gc.collect()
+        assert (memory(), alike) == (None, [2, 3])
+
+
+def test_a_reply_that_shows_memory_comes_by_messages_where_the_next_stream_has_none(
+    tmp_path: pathlib.Path, alike: list[int]
+) -> None:
+    """The server is started again without shared memory, and the lane breaks under a step alike."""
+    settings: dict[str, Any] = {"data_dir": tmp_path / "data", "bind": f"unix:{tmp_path}/socket"}
+    gradient = {"w": np.ones(3, np.float32)}
+    with contextlib.ExitStack() as stack:
+        first = contextlib.ExitStack()
+        target = first.enter_context(numpy_server(**settings)).target
+        client = stack.enter_context(stepwire.connect(target, transport="packets", timeout=120.0))
+        session = client.create_session({"w": np.zeros(3, np.float32)}, optimizer=SGD, durability="journal")
+        out: Any = session.shared_parameters()
+        for _ in range(5):
+            session.step(gradient, out=out)
+        first.close()
+        stack.enter_context(numpy_server(**settings, shared_memory=False))
+        reply: Any = session.step(gradient, out=out)
+        assert ({name: each.tolist() for name, each in reply.items()}, session.applied_step) == ({"w": [-6.0] * 3}, 6)
+        assert 6 in alike
 
 
 def test_nothing_is_built_for_a_step_alike(client: stepwire.Client, monkeypatch: pytest.MonkeyPatch) -> None:
