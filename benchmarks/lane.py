@@ -35,6 +35,7 @@ __all__ = [
     "Scale",
     "Targets",
     "lane",
+    "looped",
 ]
 
 _DOORBELL, _ECHO, _FUSED = "doorbell", "gRPC echo", "local torch fused"
@@ -151,13 +152,18 @@ def _compiled(
         with mock.patch.dict(os.environ, environment):
             step = variants.contender(variant, [target]).prepare(stack, size)
             step()
-        for pause_seconds in (compiling_seconds, 0.0):
-            for _ in range(_LOOP_STEPS):
-                step()
-            time.sleep(pause_seconds)
+        looped(step, compiling_seconds)
         return step
 
     return Contender(variant.name, prepare)
+
+
+def looped(step: Action, compiling_seconds: float) -> None:
+    """Make steps until their session has a compiled loop."""
+    for pause_seconds in (compiling_seconds, 0.0):
+        for _ in range(_LOOP_STEPS):
+            step()
+        time.sleep(pause_seconds)
 
 
 def _prepared(

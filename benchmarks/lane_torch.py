@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
 from collections.abc import Callable
 from typing import Any, Final
 
+import lane
 import lane_python
 from contest import Action, Contender, Ratios, needed, run_contest
 from doorbell import Doorbell
-from stepwire_server.rpc.lane_gate import AFTER_STEPS
 
 __all__ = ["DEFAULT_GOAL", "RATIOS", "VIEWS_GOAL", "lane_torch"]
 
@@ -24,8 +23,6 @@ RATIOS: Final[Ratios] = {
     VIEWS_GOAL: ("views", ("local torch fused", "doorbell")),
     DEFAULT_GOAL: ("drop-in", ("local torch default",)),
 }
-_LOOP_STEPS: Final = AFTER_STEPS + 16
-"""More steps than a session makes before a loop is compiled for it, or looked for again."""
 
 
 def lane_torch(
@@ -64,11 +61,8 @@ def _ours(target: str, compiling_seconds: float, **options: Any) -> Callable[[co
         make = functools.partial(Adam, server=target, transport="packets", **options)
         optimizer = lane_python.optimizer_of(make)
         stack.enter_context(contextlib.closing(optimizer))
-        for pause_seconds in (compiling_seconds, 0.0):
-            for _ in range(_LOOP_STEPS):
-                optimizer.step()
-            time.sleep(pause_seconds)
         step: Action = optimizer.step
+        lane.looped(step, compiling_seconds)
         return step
 
     return prepare

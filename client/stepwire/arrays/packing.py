@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -261,16 +260,16 @@ class Packer:
             names: the names in the order that the dict of a reply is to have; others than the tensors' have no say.
                 None for a list.
         """
-        return Ranges(functools.partial(self.reply, dtype, names), self._bounds)
 
-    def reply(self, dtype: np.dtype[Any], names: Sequence[str] | None) -> MadeReply:
-        """Return new arrays of a reply; see `to_come`."""
-        whole, named = self._made(dtype)
-        if names is None:
-            return whole, [named[str(position)] for position in range(len(named))]
-        if names != self._order and named.keys() == set(names):
-            named = {name: named[name] for name in names}
-        return whole, named
+        def make() -> MadeReply:
+            whole, named = self._made(dtype)
+            if names is None:
+                return whole, [named[str(position)] for position in range(len(named))]
+            if names != self._order and named.keys() == set(names):
+                named = {name: named[name] for name in names}
+            return whole, named
+
+        return Ranges(make, self._bounds)
 
     def allocate_dense(self, dtype: np.dtype[Any], *, as_list: bool) -> tuple[Container, Flat]:
         """Return new arrays of a reply, and 1-D views of them; None, and an empty view, for each table."""

@@ -37,7 +37,7 @@ _Flat = list[npt.NDArray[Any]]
 
 
 class ArrayForm(NamedTuple):
-    """What the checks of a dict of arrays look at.
+    """The properties of a dict of arrays that its checks look at.
 
     Attributes:
         names: the names, in the dict's order.

@@ -19,12 +19,14 @@ start of functions alone.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar, cast
 
+import numpy as np
 from google.protobuf.message import DecodeError
 
 from stepwire.connection.errands import PreparedErrand, ends_with, in_thread, is_heard, run, undelivered
@@ -80,9 +82,10 @@ class DirectStep(Generic[_T]):
         exchange: its message and its reply; None before it is sent.
         result: the result that an errand got.
         failure: the error that an errand got.
+        beside: the call by which another errand brought it to its end; its reply has places of its own.
     """
 
-    __slots__ = ("_lock", "began", "exchange", "failure", "gave_way", "is_left", "result")
+    __slots__ = ("_lock", "began", "beside", "exchange", "failure", "gave_way", "is_left", "result")
 
     def __init__(self, lock: threading.RLock) -> None:
         """Begin, without the lock."""
@@ -92,6 +95,7 @@ class DirectStep(Generic[_T]):
         self.exchange: StepExchange[_T] | None = None
         self.result: step_pb2.StepResult | None = None
         self.failure: BaseException | None = None
+        self.beside: StepCall | None = None
 
     def give_way(self) -> bool:
         """See `GivesWay`."""
@@ -169,6 +173,8 @@ class DirectSteps:
         """Settle a step that is under way: in doubt if its caller has left it, else at its end. It needs the lock.
 
         The thread of a step that gave way may have received the reply. So the step is repeated, over another stream.
+        The thread may also be in the middle of reading the reply, and goes on with that later. So the repetition has
+        places of its own.
         """
         if (step := self._under_way) is None:
             return
@@ -177,7 +183,8 @@ class DirectSteps:
             self._put_in_doubt(_sent(step))
         else:
             self._hold.displaced()
-            self._complete(step, deadline)
+            step.beside = _beside(_sent(step))
+            self._complete(step, step.beside, deadline)
 
     def _attempt(
         self, step: DirectStep[_T], begin: Callable[[SharedArrays | None], StepExchange[_T]], seconds: float
@@ -240,16 +247,18 @@ class DirectSteps:
                 self._under_way = None
                 deadline = self._link.deadline(timeout)
                 deadline.spend(time.monotonic() - step.began)
-                self._complete(step, deadline)
+                self._complete(step, _sent(step), deadline)
             if step.failure is not None:
                 raise step.failure
+            if step.beside is not None:
+                _move_reply(step.beside, _sent(step))
             assert step.result is not None and step.exchange is not None
             undelivered(self._link.undelivered, _sent(step))
             return step.exchange.delivered(step.result)
 
-    def _complete(self, step: DirectStep[Any], deadline: Deadline) -> None:
+    def _complete(self, step: DirectStep[Any], call: StepCall, deadline: Deadline) -> None:
         try:
-            step.result = self._link.completed(_sent(step), deadline)
+            step.result = self._link.completed(call, deadline)
         except BaseException as failure:
             step.failure = failure
 
@@ -274,3 +283,20 @@ def _sent(step: DirectStep[Any]) -> StepCall:
     """Return the call of a step that was sent."""
     assert step.exchange is not None
     return step.exchange.call()
+
+
+def _beside(call: StepCall) -> StepCall:
+    """Return the same call with other places for its reply."""
+    views = None if call.views is None else type(call.views)()
+    return dataclasses.replace(call, targets=[np.empty_like(place) for place in call.targets], views=views)
+
+
+def _move_reply(beside: StepCall, call: StepCall) -> None:
+    """Move the reply of a call to the places of another one."""
+    for place, values in zip(call.targets, beside.targets, strict=True):
+        place[:] = values
+    if isinstance(call.views, list):
+        call.views[:] = beside.views or ()
+    elif call.views is not None:
+        call.views.clear()
+        call.views.update(cast(dict[str, Any], beside.views))

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stepwire.arrays.packing import Container, Flat, Packer
-from stepwire.arrays.ranges import MadeReply, Ranges
+from stepwire.arrays.ranges import Ranges
 from stepwire.arrays.recognised import FITTING, ArrayForm, RecognisedArrays
 from stepwire.steps.call import StepCall
 from stepwire.steps.exchanges import Remember
@@ -32,7 +32,7 @@ __all__ = ["AlikeExchange", "AlikeSteps"]
 
 
 class _Kind(NamedTuple):
-    """What steps alike have in common.
+    """The common part of steps alike.
 
     Attributes:
         shared: refers to the memory that their gradients and replies lie in, and does not keep it.
@@ -110,7 +110,7 @@ class AlikeSteps:
             if known_out is SHOWN:
                 exchange.views = {}
             else:
-                _, targets = exchange.reply = self._places.of(gradients, out, known_out, self.reply_dtype)
+                _, targets = exchange.out = self._places.of(gradients, out, known_out, self.reply_dtype)
                 self._places.check_apart(flat, targets, mark, known_out)
         return exchange if shared.write_again(flat, mark) else None
 
@@ -133,7 +133,7 @@ class AlikeExchange:
     Attributes:
         began: the time of the step's begin, of `time.perf_counter`.
         lane: see `StepExchange`.
-        reply: the user's arrays for the reply, and their 1-D views in layout order; None for others.
+        out: the user's arrays for the reply, and their 1-D views in layout order; None for others.
         views: the container that shows the shared memory as the reply; None for a reply that is copied.
     """
 
@@ -141,7 +141,6 @@ class AlikeExchange:
         "_call",
         "_flat",
         "_kind",
-        "_made",
         "_mark",
         "_numbers",
         "_shared",
@@ -149,7 +148,7 @@ class AlikeExchange:
         "_targets",
         "began",
         "lane",
-        "reply",
+        "out",
         "views",
     )
 
@@ -157,11 +156,10 @@ class AlikeExchange:
         """Have nothing sent yet, and a reply of new arrays."""
         self._steps, self._kind, self._shared, self._flat, self._mark = steps, kind, shared, flat, mark
         self.began = 0.0
-        self._made: MadeReply | None = None
         self._call: StepCall | None = None
         self._targets: Ranges | None = None
         self.lane: PacketLane | None = None
-        self.reply: tuple[Container | None, Flat] | None = None
+        self.out: tuple[Container | None, Flat] | None = None
         self.views: dict[str, Any] | None = None
 
     def message(self, step: int, epoch: int, load: int) -> bytes:
@@ -174,19 +172,15 @@ class AlikeExchange:
 
     def prepare(self) -> None:
         """See `StepExchange.prepare`."""
-        if self.reply is None and self.views is None:
-            steps = self._steps
-            self._made = steps.packer.reply(steps.reply_dtype, self._kind.form.names)
+        if self.out is None and self.views is None:
+            self._new().made()
 
     def read(self, reply: pb.AttachResponse) -> bool:
         """See `StepExchange.read`."""
-        shared = self._shared
-        if self._made is not None:
-            shared.read_whole(self._made[0])
-        elif self.reply is not None:
-            shared.read(self.reply[1])
-        elif self.views is not None:
-            self.views |= shared.parameter_views()
+        if self.views is not None:
+            self.views |= self._shared.parameter_views()
+        else:
+            self._shared.read(self._new() if self.out is None else self.out[1])
         return True
 
     def call(self) -> StepCall:
@@ -196,13 +190,8 @@ class AlikeExchange:
             begin.CopyFrom(self._kind.begin)
             begin.ClearField("in_shared_memory")
             begin.step, begin.epoch, begin.load = self._numbers
-            steps = self._steps
-            sent, received = steps.gradient_dtype, steps.reply_dtype
-            targets: Flat
-            if self.reply is None:
-                targets = self._targets = steps.packer.to_come(received, self._kind.form.names)
-            else:
-                targets = self.reply[1]
+            sent, received = self._steps.gradient_dtype, self._steps.reply_dtype
+            targets: Flat = self._new() if self.out is None else self.out[1]
             self._call = StepCall(
                 begin, self._flat, sent, targets, received, views=self.views, recognised=self._mark, lane=self.lane
             )
@@ -211,10 +200,14 @@ class AlikeExchange:
     def delivered(self, result: step_pb2.StepResult) -> Any:
         """See `StepExchange.delivered`."""
         self._steps.remember(self.began, result)
-        if self.reply is not None:
-            return self.reply[0]
-        if self.views:  # an errand over a stream without shared memory has left them empty
-            return self.views
-        made = self._made if self._targets is None else self._targets.made()  # an errand may have read the reply
-        assert made is not None
-        return made[1]
+        if self.out is not None:
+            return self.out[0]
+        return self.views or self._new().container  # a stream without shared memory has left the views empty
+
+    def _new(self) -> Ranges:
+        """Return the new arrays of the reply."""
+        if self._targets is None:
+            targets = self._steps.packer.to_come(self._steps.reply_dtype, self._kind.form.names)
+            if self._targets is None:  # nothing arrives between this look and the store
+                self._targets = targets
+        return self._targets

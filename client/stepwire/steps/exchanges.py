@@ -1,4 +1,4 @@
-"""What a direct step sends, and what it makes of the reply: of a call that was built, or of a step like others."""
+"""The message and the reply of a direct step: those of a call that was built, or of a step like those before it."""
 
 from __future__ import annotations
 

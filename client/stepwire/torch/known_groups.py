@@ -1,4 +1,4 @@
-"""What a step asks of torch's groups, as long as nothing in them has changed."""
+"""The findings of a step about torch's groups, which hold as long as nothing in them has changed."""
 
 from __future__ import annotations
 

@@ -7,7 +7,6 @@ from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from stepwire.arrays.error_feedback import ErrorFeedback
 from stepwire.arrays.packing import Flat, Packer
@@ -114,14 +113,6 @@ class SharedArrays(abc.ABC):
         Raises:
             UnavailableError: the device failed.
         """
-
-    def read_whole(self, whole: npt.NDArray[Any]) -> None:
-        """Copy all parameters, `(size,)`, into an array of their encoding.
-
-        Raises:
-            UnavailableError: the device failed.
-        """
-        self.read([whole[tensor.offset : tensor.end] for tensor in self.packer.layout.tensors])
 
     @abc.abstractmethod
     def close(self) -> None:

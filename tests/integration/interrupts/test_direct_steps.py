@@ -19,6 +19,7 @@ from stepwire.arrays import recognised
 from stepwire.arrays.reply_memory import ReplyMemory
 from stepwire.connection.errands import as_a_whole
 from stepwire.errors import DeadlineExceededError
+from stepwire.transports.host import copies
 from stepwire_server.server import Server
 from tests.integration.interrupts.places import chosen
 from tests.support.interrupts import Arrival, Departure, signalled
@@ -288,6 +289,37 @@ def test_the_reply_is_whole_where_a_handler_comes_while_its_arrays_are_made(
         assert (type(reply), len(reply), [array.shape for array in arrays]) == (kind, 2, [(3,), (2, 2)])
         (found,) = {float(element) for array in arrays for element in array.reshape(-1)}
         assert found in outcomes(call) | {-3.0}
+
+
+@pytest.mark.parametrize("call", ["step", "load"])
+def test_arrays_of_the_users_have_one_step_where_a_handler_comes_while_they_are_written(
+    call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def filled(value: float) -> dict[str, Any]:
+        return {"w": np.full(3, value, np.float32), "v": np.full((2, 2), value, np.float32)}
+
+    written = copies._copy
+    calls = {"step": lambda: session.step(filled(4.0)), "load": lambda: session.load(filled(9.0))}
+
+    def copy(pairs: Any) -> None:
+        monkeypatch.setattr(copies, "_copy", written)
+        written(pairs[:1])
+        signal.raise_signal(signal.SIGUSR1)
+        written(pairs[1:])
+
+    with (
+        numpy_server() as server,
+        stepwire.connect(server.target, transport="packets", timeout=120.0) as client,
+        client.create_session(filled(0.0), optimizer=stepwire.SGD(lr=1.0)) as session,
+    ):
+        gradient, out = filled(1.0), filled(0.0)
+        for _ in range(4):
+            session.step(gradient, out=out)
+        monkeypatch.setattr(copies, "_copy", copy)
+        with handled(calls[call], signal.SIGUSR1):
+            assert session.step(gradient, out=out) is out
+        assert {float(value) for array in out.values() for value in array.reshape(-1)} == {-5.0}
+        assert session.info().applied_step == session.applied_step == 5 + (call == "step")
 
 
 @pytest.mark.parametrize("at", range(1, 12))

@@ -65,17 +65,12 @@ class HostArrays(SharedArrays):
 
     def read(self, targets: Flat) -> None:
         """Copy the parameters, all at once or tensor by tensor."""
-        if type(targets) is Ranges:
-            self.read_whole(targets.made()[0])
-        else:
+        if type(targets) is not Ranges:
             copy_all(list(zip(targets, self._parameters, strict=True)))
-
-    def read_whole(self, whole: npt.NDArray[Any]) -> None:
-        """See `SharedArrays.read_whole`."""
-        if self._are_few:
-            whole[:] = self._memory.parameters
+        elif self._are_few:
+            targets.made()[0][:] = self._memory.parameters
         else:
-            copy_all([(whole, self._memory.parameters)])
+            copy_all([(targets.made()[0], self._memory.parameters)])
 
     def write(self, source: GradientSource) -> None:
         """See `SharedArrays.write`."""
